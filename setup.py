@@ -1,0 +1,63 @@
+"""Packaging. Each dependency is here for the reason beside it.
+
+Lower bounds stand where an API we use needs them; upper bounds where a break is announced.
+`requirements.lock` holds one full set of versions known to work.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "vit_jax/__init__.py").read_text())[1]
+
+INSTALL_REQUIRES = [
+    "absl-py>=2.0",  # command-line flags and logging
+    "flax>=0.12",  # the network modules (Linen)
+    "grain>=0.2.12",  # the deterministic input pipeline
+    "importlib_resources",  # tensorflow-datasets imports it but does not declare it
+    "jax>=0.8",  # everything; jax.make_mesh with axis types
+    "ml-collections>=1.0",  # configuration files with command-line overrides
+    "numpy>=2.0",
+    "optax>=0.2.5",  # optimisers
+    "orbax-checkpoint>=0.11.20,<1.0",  # checkpoints; 1.0 moves the API that we use
+    "pillow>=10.0",  # image decoding and resizing
+    "scikit-learn>=1.3",  # the bundled digits: real data without a download
+    "tensorboardX>=2.6.2",  # TensorBoard files without TensorFlow
+    "tensorflow-datasets>=4.9.7",  # reads prepared array_record data sets, without TensorFlow
+    "tqdm>=4.60",  # the progress bar
+]
+
+EXTRAS = {
+    "cuda": ["jax[cuda13]"],
+    "tpu": ["jax[tpu]"],
+    "tfds": ["tensorflow>=2.20"],  # only to prepare catalogue data sets, never to read them
+    "hf": ["datasets>=3.0"],  # data sets of the Hugging Face hub
+    "test": [
+        "pytest>=8.0",
+        "pytest-timeout>=2.3",  # a hung subprocess must fail a test, not the whole run
+        "tensorboard>=2.17",  # reads back the event files that training writes
+    ],
+    "parity": [  # independent implementations that our numbers are compared with
+        "safetensors>=0.4",
+        "timm>=1.0.20",
+        "torch>=2.8",
+        "transformers>=5.0",
+    ],
+    "dev": ["mypy>=1.15", "ruff>=0.9"],
+}
+
+setup(
+    name="vit_jax",
+    version=VERSION,
+    description="Vision Transformers in JAX and Flax",
+    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vit_jax", "vit_jax.*"]),
+    package_data={"vit_jax": ["py.typed"]},
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS,
+)

@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vit_jax.models import layers
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_gradients_of_matmul_are_those_of_the_plain_product(dtype, tolerance):
+    x, w, g = normal(0, 6, 5), normal(1, 5, 4), normal(2, 6, 4)
+    loss = lambda product: lambda x, w: (product(x, w) * g).sum()
+    found = jax.grad(loss(lambda x, w: layers.matmul(x, w, dtype)), (0, 1))(x, w)
+    expected = jax.grad(loss(jnp.matmul), (0, 1))(x, w)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * 5)
+
+
+def test_layer_norm_keeps_its_digits_when_the_mean_is_large():
+    x = np.asarray(normal(0, 4, 64), np.float64) + 1000.0
+    norm = layers.layer_norm(1e-6, "norm")
+    found = norm.apply(norm.init(jax.random.key(0), jnp.zeros((4, 64))), jnp.float32(x))
+    x = np.asarray(np.float32(x), np.float64)
+    expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    # The fast one-pass variance is wrong in the first digit here.
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+
+
+def test_gelu_forms():
+    x = jnp.linspace(-6, 6, 1001)
+    exact = 0.5 * x * (1 + jax.scipy.special.erf(x / np.sqrt(2)))
+    np.testing.assert_allclose(layers.GELU["erf"](x), exact, atol=1e-6)
+    difference = abs(layers.GELU["tanh"](x) - exact)
+    assert difference.max() == pytest.approx(4.73e-4, rel=0.01)
+
+
+def test_attention_of_one_query_is_a_weighted_mean_and_survives_large_scores():
+    q, k, v = 100 * normal(0, 1, 2, 3, 4), 100 * normal(1, 1, 2, 5, 4), normal(2, 1, 2, 5, 4)
+    y, weights = layers.attend(q, k, v, "float32")
+    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) / 2
+    np.testing.assert_allclose(weights(), jax.nn.softmax(scores), atol=1e-5)
+    np.testing.assert_allclose(y, weights() @ v, atol=1e-5)
+
+
+def test_dense_contracts_all_trailing_axes():
+    layer = layers.Dense((2, 3), (4, 5), "float32")
+    x = normal(0, 7, 8, 2, 3)
+    params = layer.init(jax.random.key(0), x)
+    y = layer.apply(params, x)
+    kernel = params["params"]["kernel"]
+    assert kernel.shape == (2, 3, 4, 5)
+    np.testing.assert_allclose(y, jnp.einsum("nmab,abcd->nmcd", x, kernel), atol=1e-5)

@@ -1,0 +1,224 @@
+"""The one complete configuration; `configs/*.py` change what differs.
+
+Every field there is stands here, with its meaning; a misspelt field is an error. Durations
+come in three units: of `total_steps`, `total_epochs` and `total_examples` exactly one is set
+(`set_duration`), and setting another one on the command line replaces it.
+"""
+
+import json
+from typing import Any
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from vit_jax.errors import UserError
+
+UNITS = ("steps", "epochs", "examples")
+
+# Fields that may change when a work directory is resumed: they say where things are, how fast
+# they run and what is reported, never what is learned.
+OPERATIONAL = (
+    "log_every",
+    "eval_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_batch_size",
+    "data.data_dir",
+    "data.eval_split",
+    "data.workers",
+    "data.threads",
+)
+
+
+def get_config() -> ConfigDict:
+    """Returns the defaults: a ViT-B/16 on 224-pixel colour images, trained with Adam."""
+    config = ConfigDict()
+    config.seed = 0  # decides initialisation, data order, augmentation and dropout
+    config.image_size = (224, 224)  # height, width in pixels
+    config.batch_size = 1024  # examples in one update, over all devices and processes
+    config.eval_batch_size = 1024
+    config.accumulation = 1  # micro-batches that an update is computed in, to save memory
+    config.ema_decay = (
+        0.0  # exponential moving average of the weights, used to evaluate; 0: off
+    )
+    _duration(config, "total")  # length of training
+    _duration(config, "log_every", steps=50)
+    _duration(config, "eval_every", epochs=1)
+    _duration(config, "checkpoint_every", epochs=1)
+    config.keep_checkpoints = (
+        2  # how many of the last checkpoints stay; the best one always does
+    )
+
+    config.model = model = ConfigDict()
+    model.variant = "B/16"  # SIZE/PATCH, sizes as in models/variants.py
+    model.depth = placeholder(int)  # these four override the variant's shape
+    model.width = placeholder(int)
+    model.mlp_dim = placeholder(int)
+    model.num_heads = placeholder(int)
+    model.pool = "cls"  # cls | gap | map
+    model.posemb = "learned"  # learned | learned_2d | sincos2d | none
+    model.representation_size = placeholder(int)  # tanh layer before the head; None: no layer
+    model.head_bias_init = 0.0  # about -log(classes) with the sigmoid loss
+    model.registers = 0  # extra tokens
+    model.dropout = 0.0
+    model.stochastic_depth = 0.0  # drop rate of the last block, linear from 0 at the first
+    model.layer_scale_init = placeholder(float)  # None: no LayerScale
+    model.gelu = "tanh"  # tanh | erf
+    model.layer_norm_eps = 1e-6
+    model.dtype = "float32"  # operands of matrix products: float32 | bfloat16
+    model.scan = False  # compile one block and loop over layers
+    model.remat = "none"  # none | dots | full: recompute in the backward pass to save memory
+
+    config.data = data = ConfigDict()
+    data.source = "tfds:imagenet2012"  # digits | folder:PATH | tfds:NAME | synthetic
+    data.data_dir = placeholder(str)  # where tfds: finds prepared data sets
+    data.train_split = "train"
+    data.eval_split = "validation"
+    data.channels = 3  # 1: grey, 3: RGB
+    data.train_transform = "inception_crop(0.05, 1.0)|flip"  # see data/preprocess.py
+    data.eval_transform = "resize"
+    data.value_range = "inception"  # inception: [-1, 1] | imagenet: by mean and deviation
+    data.mixup = 0.0  # alpha of the Beta distribution; 0: off
+    data.workers = 0  # processes that decode; 0: threads of this process
+    data.threads = 16
+
+    config.objective = objective = ConfigDict()
+    objective.loss = "softmax"  # softmax | sigmoid (summed over classes)
+    objective.label_smoothing = 0.0
+
+    config.optimizer = optimizer = ConfigDict()
+    optimizer.name = "adam"  # adam | sgd
+    optimizer.lr = 1e-3  # peak learning rate
+    optimizer.schedule = "cosine"  # cosine | linear | rsqrt | constant, after a linear warm-up
+    _duration(optimizer, "warmup", steps=10_000)
+    _duration(optimizer, "timescale", steps=10_000)  # of rsqrt
+    _duration(
+        optimizer, "cooldown", steps=0
+    )  # linear to 0 at the end; only for rsqrt, constant
+    optimizer.linear_end = 1e-5  # learning rate at the end of the linear schedule
+    optimizer.weight_decay = 0.0  # of kernels only
+    optimizer.decay = "times_lr"  # times_lr | times_schedule | l2: see training/optimizer.py
+    optimizer.clip_norm = 1.0  # global norm; 0: no clipping
+    optimizer.b1 = 0.9  # Adam
+    optimizer.b2 = 0.999
+    optimizer.eps = 1e-8
+    optimizer.momentum = 0.9  # SGD
+    optimizer.moment_dtype = "float32"  # of the first moment or momentum: float32 | bfloat16
+    return config.lock()
+
+
+def _duration(config: ConfigDict, name: str, **value: float) -> None:
+    for unit in UNITS:
+        config[f"{name}_{unit}"] = placeholder(float)
+    config.update({f"{name}_{unit}": float(amount) for unit, amount in value.items()})
+
+
+def set_duration(config: ConfigDict, name: str, **value: float) -> None:
+    """`set_duration(config, "total", epochs=90)`: sets one unit and clears the others."""
+    for unit in UNITS:
+        config[f"{name}_{unit}"] = float(value.pop(unit)) if unit in value else None
+    if value:
+        raise UserError(f"{name} has no unit {', '.join(value)}: use {', '.join(UNITS)}")
+
+
+def prefer_overrides(config: ConfigDict, overridden: list[str]) -> None:
+    """Makes a duration set on the command line replace the one that the file gave.
+
+    Args:
+      config: the configuration, overrides already applied.
+      overridden: dotted names of the fields set on the command line.
+    """
+    for path in overridden:
+        *parents, field = path.split(".")
+        name, _, unit = field.rpartition("_")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        if unit not in UNITS or f"{name}_steps" not in node:
+            continue
+        for other in UNITS:
+            sibling = ".".join([*parents, f"{name}_{other}"])
+            if sibling not in overridden:
+                node[f"{name}_{other}"] = None
+
+
+def steps(config: ConfigDict, name: str, examples: int, batch_size: int) -> int:
+    """Resolves the duration `name` to a number of steps.
+
+    Args:
+      config: the node that holds `NAME_steps`, `NAME_epochs` and `NAME_examples`.
+      name: for example `total`.
+      examples: number of examples in an epoch.
+      batch_size: number of examples in a step.
+
+    Raises:
+      UserError: none or several of the three are set, or the value is negative.
+    """
+    given = {unit: config[f"{name}_{unit}"] for unit in UNITS}
+    given = {unit: value for unit, value in given.items() if value is not None}
+    if len(given) != 1:
+        raise UserError(
+            f"of {name}_steps, {name}_epochs and {name}_examples {len(given)} are set: set one"
+        )
+    [(unit, value)] = given.items()
+    if value < 0:
+        raise UserError(f"{name}_{unit} is {value}: it cannot be negative")
+    if unit == "steps":
+        return round(value)
+    return round(value * (examples if unit == "epochs" else 1) / batch_size)
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Returns plain nested dicts that JSON can hold; tuples become lists."""
+    return json.loads(json.dumps(config.copy_and_resolve_references().to_dict()))
+
+
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """Rebuilds a configuration that `to_dict` stored; fields it lacks get today's default.
+
+    Raises:
+      UserError: it has a field that does not exist.
+    """
+
+    def fill(node: ConfigDict, values: dict[str, Any], path: str) -> None:
+        for name, value in values.items():
+            if name not in node:
+                raise UserError(
+                    f"the stored configuration has a field {path}{name} that this version of "
+                    f"vit_jax does not know: open it with the version that wrote it"
+                )
+            if isinstance(value, dict):
+                fill(node[name], value, f"{path}{name}.")
+            else:
+                node[name] = tuple(value) if isinstance(value, list) else value
+
+    config = get_config()
+    fill(config, values, "")
+    return config
+
+
+def flatten(values: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """`{"model": {"variant": ...}}` -> `{"model.variant": ...}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= (
+            flatten(value, f"{path}{name}.")
+            if isinstance(value, dict)
+            else {path + name: value}
+        )
+    return flat
+
+
+def check_resumable(stored: dict[str, Any], config: ConfigDict, workdir: Any) -> None:
+    """Refuses to continue a run with a configuration that would not have made it.
+
+    Raises:
+      UserError: naming the first field that differs and is not merely operational.
+    """
+    old, new = flatten(stored), flatten(to_dict(config))
+    for field in sorted(old.keys() | new.keys()):
+        if old.get(field) != new.get(field) and not field.startswith(OPERATIONAL):
+            raise UserError(
+                f"{workdir} was trained with {field}={old.get(field)!r}, not "
+                f"{new.get(field)!r}: set it back, or choose another --workdir"
+            )

@@ -1,0 +1,227 @@
+"""Batches in an order that depends on the seed and the step alone.
+
+The batch of step s is the same whatever the number of threads, worker processes or
+processes of the run, and it can be made without making the batches before it. So the step
+number is all that a checkpoint needs to know of the data.
+"""
+
+import sys
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from vit_jax.data.preprocess import Transform, decode
+from vit_jax.data.sources import Source
+from vit_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class Batches(Iterator[Batch]):
+    """An iterator over batches; `close()` ends its threads and worker processes."""
+
+    def __init__(self, iterator: Any) -> None:
+        self._iterator = iterator
+        # At the latest when Python ends: Grain's own clean-up comes too late, and complains.
+        self._finalizer = weakref.finalize(self, iterator.close)
+
+    def __next__(self) -> Batch:
+        # A worker's batch lies in shared memory that dies with the worker: copy it out.
+        return {
+            key: value if type(value) is np.ndarray else np.array(value)
+            for key, value in next(self._iterator).items()
+        }
+
+    def close(self) -> None:
+        self._finalizer()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def train_batches(
+    source: Source,
+    *,
+    transform: Transform,
+    channels: int,
+    batch_size: int,
+    seed: int,
+    first_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    threads: int = 16,
+    prefetch: int = 2,
+) -> Batches:
+    """This process's share of the endless batches from step `first_step` on.
+
+    Yields `image` uint8 (b, H, W, C) and `label` int32 (b,), with b = batch_size /
+    process_count; joined in order of processes, they are what one process would get. Every
+    epoch is shuffled anew, and batches run across the borders of epochs. `prefetch` batches
+    are made ahead, by `threads` threads or, if there are any, by `workers` processes.
+
+    Raises UserError for an empty source and sizes that do not fit; and while iterating, for
+    images that cannot be read and labels out of range.
+    """
+    import grain
+
+    share = _Share(batch_size, process_index, process_count, first_step)
+    _check(source, share)
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed} is out of range; choose one from 0 to 4294967295.")
+    prepare = _Prepare(transform, channels, len(source.class_names))
+    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+    examples = examples.random_map(prepare)
+    steps = sys.maxsize // batch_size - first_step
+    local = grain.MapDataset.source(_Local(examples, share, steps * share.size))
+    return _iterate(local, share.size, workers, threads, prefetch)
+
+
+def eval_batches(
+    source: Source,
+    *,
+    transform: Transform,
+    channels: int,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    workers: int = 0,
+    threads: int = 16,
+    prefetch: int = 2,
+) -> Batches:
+    """This process's share of every example once, in the order of the source.
+
+    Yields what `train_batches` does and `mask` float32 (b,), which is 0 where the last batch
+    is filled up with black images. All batches have one shape, and all processes have as
+    many of them. Raises UserError as `train_batches` does.
+    """
+    import grain
+
+    share = _Share(batch_size, process_index, process_count)
+    _check(source, share)
+    prepare = _Prepare(transform, channels, len(source.class_names))
+    padded = _Padded(source, prepare)
+    steps = -(-len(source) // batch_size)
+    local = grain.MapDataset.source(_Local(padded, share, steps * share.size))
+    return _iterate(local, share.size, workers, threads, prefetch)
+
+
+def _iterate(local: Any, size: int, workers: int, threads: int, prefetch: int) -> Batches:
+    """Threads work on the examples of one batch together, worker processes on one batch each.
+
+    Batches must be whole before they reach the workers, which take turns: otherwise their
+    number would decide what a batch holds.
+    """
+    import grain
+
+    if workers == 0:
+        options = grain.ReadOptions(threads, max(prefetch * size, threads))
+        return Batches(iter(local.to_iter_dataset(options).batch(size)))
+    _mark_flags_as_parsed()
+    batches = local.batch(size).to_iter_dataset(grain.ReadOptions(1, 1))
+    options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
+    return Batches(iter(batches.mp_prefetch(options)))
+
+
+def _mark_flags_as_parsed() -> None:
+    """Grain's workers read absl flags, which nobody has parsed in a notebook or a test."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
+
+
+def _check(source: Source, share: "_Share") -> None:
+    if share.batch_size < 1 or share.batch_size % share.process_count:
+        raise UserError(
+            f"batch size {share.batch_size} cannot be shared equally by "
+            f"{share.process_count} process(es); make it a multiple of that."
+        )
+    if len(source) == 0:
+        raise UserError("the data source holds no examples; choose another source or split.")
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Which rows of every global batch are this process's."""
+
+    batch_size: int
+    process_index: int
+    process_count: int
+    first_step: int = 0
+
+    @property
+    def size(self) -> int:
+        return self.batch_size // self.process_count
+
+    def position(self, i: int) -> int:
+        """Where this process's i-th example stands among all examples of all batches."""
+        step, row = divmod(i, self.size)
+        start = (self.first_step + step) * self.batch_size + self.process_index * self.size
+        return start + row
+
+
+@dataclass(frozen=True)
+class _Local:
+    """The examples of one process, in its order."""
+
+    examples: Any
+    share: _Share
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, i: int) -> Any:
+        return self.examples[self.share.position(i)]
+
+
+@dataclass(frozen=True)
+class _Prepare:
+    """Decodes and transforms one example."""
+
+    transform: Transform
+    channels: int
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self.transform.image_size, self.channels)
+
+    def __call__(
+        self, example: dict[str, Any], rng: np.random.Generator | None = None
+    ) -> Batch:
+        label = example["label"]
+        if not 0 <= label < self.classes:
+            raise UserError(
+                f"{example['name']} has label {label}, but the classes are numbered 0 to "
+                f"{self.classes - 1}; choose a split with labels, or mend the data set."
+            )
+        image = self.transform(decode(example, self.channels), rng)
+        return {
+            "image": np.asarray(image).reshape(self.shape),
+            "label": np.asarray(label, np.int32),
+        }
+
+
+@dataclass(frozen=True)
+class _Padded:
+    """The examples of a source with a mask of 1, then any number of blanks with 0."""
+
+    source: Source
+    prepare: _Prepare
+
+    def __getitem__(self, i: int) -> Batch:
+        if i < len(self.source):
+            return self.prepare(self.source[i]) | {"mask": np.asarray(1, np.float32)}
+        return {
+            "image": np.zeros(self.prepare.shape, np.uint8),
+            "label": np.zeros((), np.int32),
+            "mask": np.zeros((), np.float32),
+        }

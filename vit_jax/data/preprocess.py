@@ -1,0 +1,274 @@
+"""From an example to the pixels a model sees: decode, transform, normalise.
+
+A transform is written as operations joined by `|`:
+
+    inception_crop(0.05, 1.0)|flip|randaugment(2, 10)      pretraining
+    resize                                                 fine-tuning, evaluation
+    resize_shorter(256, 'area')|center_crop                evaluation of big_vision's models
+
+Everything here works on 8-bit PIL images on the host; only `normalize` runs on the device.
+Sizes are (height, width) throughout and need not be square.
+"""
+
+import ast
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageOps
+
+from vit_jax.data import augment
+from vit_jax.data.crops import Box, Size, sample_inception_box, sample_resized_box
+from vit_jax.data.decode import decode
+from vit_jax.data.resize import METHODS, resize
+from vit_jax.errors import UserError
+
+__all__ = [
+    "VALUE_RANGES",
+    "Transform",
+    "decode",
+    "normalize",
+    "parse_transform",
+    "sample_inception_box",
+    "sample_resized_box",
+]
+
+# Mean and standard deviation, in levels of 0 .. 255.
+VALUE_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
+    "inception": ((127.5,), (127.5,)),  # [-1, 1]: Google's models, BEiT-22k
+    "imagenet": (  # DeiT, DINO, MAE
+        (0.485 * 255, 0.456 * 255, 0.406 * 255),
+        (0.229 * 255, 0.224 * 255, 0.225 * 255),
+    ),
+}
+
+
+def normalize(images: jax.Array, value_range: str) -> jax.Array:
+    """Scales uint8 images (B, H, W, C) to the float32 values a checkpoint family expects.
+
+    Raises UserError for an unknown range, and for one that does not fit the channels.
+    """
+    if value_range not in VALUE_RANGES:
+        raise UserError(
+            f"unknown value range {value_range!r}; use {' or '.join(VALUE_RANGES)}."
+        )
+    mean, std = VALUE_RANGES[value_range]
+    if len(mean) not in (1, images.shape[-1]):
+        raise UserError(
+            f"value range {value_range!r} is for {len(mean)} channels, but the images have "
+            f"{images.shape[-1]}; use 'inception' for them."
+        )
+    return (images.astype(jnp.float32) - jnp.float32(mean)) / jnp.float32(std)
+
+
+# ---- operations: (image, rng, target size, arguments of its own) ---------------------
+
+Rng = np.random.Generator
+
+
+def _crop(image: Image.Image, box: Box) -> Image.Image:
+    top, left, height, width = box
+    return image.crop((left, top, left + width, top + height))
+
+
+def _resize(
+    image: Image.Image, rng: Rng, target: Size, method: str = "bilinear", size: int = 0
+) -> Image.Image:
+    return resize(image, (size, size) if size else target, method)
+
+
+def _resize_shorter(
+    image: Image.Image, rng: Rng, target: Size, size: int, method: str = "area"
+) -> Image.Image:
+    factor = size / min(image.size)
+    return resize(image, (round(image.height * factor), round(image.width * factor)), method)
+
+
+def _center_crop(image: Image.Image, rng: Rng, target: Size) -> Image.Image:
+    top, left = (image.height - target[0]) // 2, (image.width - target[1]) // 2
+    if top < 0 or left < 0:
+        raise UserError(
+            f"center_crop needs an image of at least {target[0]} x {target[1]}, but got "
+            f"{image.height} x {image.width}; put resize_shorter({max(target)}) before it."
+        )
+    return _crop(image, (top, left, *target))
+
+
+def _inception_crop(
+    image: Image.Image,
+    rng: Rng,
+    target: Size,
+    area_min: float = 0.05,
+    area_max: float = 1.0,
+    method: str = "bilinear",
+) -> Image.Image:
+    box = sample_inception_box(rng, image.height, image.width, (area_min, area_max))
+    return resize(_crop(image, box), target, method)
+
+
+def _random_resized_crop(
+    image: Image.Image,
+    rng: Rng,
+    target: Size,
+    scale_min: float = 0.08,
+    scale_max: float = 1.0,
+    method: str = "bicubic",
+) -> Image.Image:
+    box = sample_resized_box(rng, image.height, image.width, (scale_min, scale_max))
+    return resize(_crop(image, box), target, method)
+
+
+def _flip(image: Image.Image, rng: Rng, target: Size) -> Image.Image:
+    return ImageOps.mirror(image) if rng.random() < 0.5 else image
+
+
+def _shift(image: Image.Image, rng: Rng, target: Size, pixels: int) -> Image.Image:
+    top, left = rng.integers(-pixels, pixels + 1, 2)
+    # Beyond the border, Pillow crops black.
+    return _crop(image, (int(top), int(left), image.height, image.width))
+
+
+def _randaugment(
+    image: Image.Image, rng: Rng, target: Size, layers: int, magnitude: float
+) -> Image.Image:
+    return augment.randaugment(image, rng, layers, magnitude)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An operation of the mini-language; a random one needs a generator."""
+
+    function: Callable[..., Image.Image]
+    random: bool = False
+
+
+OPS = {
+    "resize": Op(_resize),
+    "resize_shorter": Op(_resize_shorter),
+    "center_crop": Op(_center_crop),
+    "inception_crop": Op(_inception_crop, random=True),
+    "random_resized_crop": Op(_random_resized_crop, random=True),
+    "flip": Op(_flip, random=True),
+    "shift": Op(_shift, random=True),
+    "randaugment": Op(_randaugment, random=True),
+}
+
+
+# ---- the mini-language -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation with its arguments, such as `randaugment(2, 10)`."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    def __call__(self, image: Image.Image, rng: Rng | None, target: Size) -> Image.Image:
+        op = OPS[self.name]
+        if op.random and rng is None:
+            raise UserError(
+                f"{self.name} is random and cannot be part of an evaluation transform; use "
+                "resize, resize_shorter and center_crop there."
+            )
+        return op.function(image, rng, target, **self.arguments)
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Steps that take an image of any size to one of `image_size`, (height, width)."""
+
+    spec: str
+    image_size: Size
+    steps: tuple[Step, ...]
+
+    def __call__(self, image: Image.Image, rng: Rng | None = None) -> Image.Image:
+        for step in self.steps:
+            image = step(image, rng, self.image_size)
+        if (image.height, image.width) != self.image_size:
+            raise UserError(
+                f"transform {self.spec!r} leaves an image of {image.height} x {image.width} "
+                f"where {self.image_size[0]} x {self.image_size[1]} is needed; add resize, "
+                "or resize_shorter(...)|center_crop, or inception_crop."
+            )
+        return image
+
+
+def parse_transform(spec: str, image_size: Size) -> Transform:
+    """Reads a transform such as `inception_crop(0.05, 1.0)|flip|randaugment(2, 10)`.
+
+        resize(method='bilinear', size=0)       straight to image_size, or to size x size
+        resize_shorter(size, method='area')     keeps the aspect ratio
+        center_crop
+        inception_crop(area_min=0.05, area_max=1.0, method='bilinear')
+        random_resized_crop(scale_min=0.08, scale_max=1.0, method='bicubic')
+        flip                                    left and right, every other time
+        shift(pixels)                           moves by up to as many, black comes in
+        randaugment(layers, magnitude)
+
+    Raises UserError for an unknown operation and for arguments that do not fit.
+    """
+    steps = tuple(_parse_step(part.strip()) for part in spec.split("|") if spec.strip())
+    return Transform(spec, (int(image_size[0]), int(image_size[1])), steps)
+
+
+def _parse_step(text: str) -> Step:
+    try:
+        node = ast.parse(text, mode="eval").body
+        call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
+        name = call.func.id  # type: ignore[attr-defined]  # anything but a name is an error
+        args = [ast.literal_eval(arg) for arg in call.args]
+        kwargs = {k.arg or "**": ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"transform step {text!r} is not understood; write it like resize or "
+            "inception_crop(0.05, 1.0)."
+        ) from error
+    return Step(name, _bind(text, name, args, kwargs))
+
+
+def _bind(text: str, name: str, args: list[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    if name not in OPS:
+        close = difflib.get_close_matches(name, OPS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(f"unknown transform {name!r}{hint}: use {', '.join(OPS)}.")
+    parameters = list(inspect.signature(OPS[name].function).parameters.values())[3:]
+    try:
+        bound = inspect.Signature(parameters).bind(*args, **kwargs).arguments
+    except TypeError as error:
+        raise UserError(
+            f"transform step {text!r}: {error}; {_usage(name, parameters)}."
+        ) from error
+    full = {p.name: bound.get(p.name, p.default) for p in parameters}
+    for parameter in parameters:
+        if not _fits(parameter, full):
+            raise UserError(
+                f"transform step {text!r}: {parameter.name} cannot be "
+                f"{full[parameter.name]!r}; {_usage(name, parameters)}."
+            )
+    return bound
+
+
+def _usage(name: str, parameters: list[inspect.Parameter]) -> str:
+    usage = f"write {name}({', '.join(map(str, parameters))})"
+    methods = any(parameter.name == "method" for parameter in parameters)
+    return usage + f", with a method among {', '.join(METHODS)}" * methods
+
+
+def _fits(parameter: inspect.Parameter, arguments: dict[str, Any]) -> bool:
+    name, value = parameter.name, arguments[parameter.name]
+    if name == "method":
+        return value in METHODS
+    kinds = (int, float) if parameter.annotation is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        return False
+    if name.endswith("_min"):  # a share of the image's area
+        return 0 < value <= arguments[name.replace("_min", "_max")]
+    if name.endswith("_max"):
+        return value <= 1
+    return value >= (1 if parameter.default is parameter.empty and name == "size" else 0)

@@ -1,0 +1,267 @@
+"""Where examples come from: one string names a data set, another names a split of it.
+
+    load("digits", "train")                    bundled with scikit-learn, nothing to fetch
+    load("folder:~/pets", "test")              your own images, one folder a class
+    load("tfds:cifar10", "train[:98%]")        prepared by TensorFlow Datasets
+    load("synthetic:32x32x3,classes=10", "train")
+
+Every source takes the same split grammar, that of TensorFlow Datasets: `train`,
+`train[:98%]`, `train[10%:]`, `train[100:200]`, `train[-10:]` and sums such as
+`train+validation[:50%]`.
+"""
+
+import difflib
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from vit_jax.errors import UserError
+
+HELD_OUT = ("val", "validation", "test")
+
+
+class Source(Protocol):
+    """A random-access data set that can be pickled, so that worker processes can hold one.
+
+    An example is a dict of `image` (encoded bytes, a path, or a uint8 array of shape (H, W)
+    or (H, W, C)), `label` (an int that indexes `class_names`) and `name` (what an error
+    message should call it).
+    """
+
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> dict[str, Any]: ...
+
+
+def load(source: str, split: str, data_dir: str | None = None) -> Source:
+    """Opens `split` of `source`; `data_dir` is where `tfds:` sets lie.
+
+    Raises UserError for an unknown source or split, and for data that cannot be read.
+    """
+    kind, argument = _parse_source(source)
+    parts = [_parse_split(part) for part in split.split("+")]
+    opened = [part.of(_KINDS[kind](argument, part.base, data_dir)) for part in parts]
+    return opened[0] if len(opened) == 1 else Concatenation(opened)
+
+
+def _parse_source(source: str) -> tuple[str, str]:
+    match = re.fullmatch(r"(\w*)(?:[:,](.*))?", source, re.DOTALL)
+    kind, argument = match.groups() if match else (source, None)
+    if kind not in _KINDS:
+        close = difflib.get_close_matches(kind, _KINDS, n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise UserError(
+            f"unknown data source {source!r}{hint}: use digits, folder:PATH, tfds:NAME or "
+            "synthetic:HxWxC."
+        )
+    return kind, argument or ""
+
+
+# ---- splits and parts of splits ----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SubSplit:
+    """`base[start:stop]`, each bound a count or a percentage of the base split."""
+
+    text: str
+    base: str
+    start: str | None = None
+    stop: str | None = None
+
+    def of(self, source: Source) -> Source:
+        """The part of `source`, which is the whole base split."""
+        if self.start is None and self.stop is None:
+            return source
+        n = len(source)
+        start, stop = self._index(self.start, 0, n), self._index(self.stop, n, n)
+        if start >= stop:
+            raise UserError(
+                f"split {self.text!r} holds no examples, because {self.base!r} has {n}; "
+                "widen its bounds."
+            )
+        return Subset(source, start, stop)
+
+    def _index(self, bound: str | None, default: int, n: int) -> int:
+        if bound is None:
+            return default
+        # The closest index, halves to even, as TensorFlow Datasets rounds.
+        index = round(int(bound[:-1]) * n / 100) if bound.endswith("%") else int(bound)
+        index = index + n if bound.startswith("-") else index
+        if not 0 <= index <= n:
+            raise UserError(
+                f"split {self.text!r} reaches outside {self.base!r}, which has {n} examples; "
+                f"bounds lie between -{n} and {n}, or -100% and 100%."
+            )
+        return index
+
+
+def _parse_split(text: str) -> SubSplit:
+    bound = r"(-?\d+%?)?"
+    match = re.fullmatch(rf"\s*([\w.-]+)(?:\[\s*{bound}\s*:\s*{bound}\s*\])?\s*", text)
+    if match is None:
+        raise UserError(
+            f"split {text!r} is not understood; write it like train, train[:98%], "
+            "train[10%:] or train[100:200]."
+        )
+    return SubSplit(text.strip(), *match.groups())
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Examples `start` up to `stop` of another source."""
+
+    source: Source
+    start: int
+    stop: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return self.source[self.start + range(len(self))[i]]
+
+
+class Concatenation:
+    """Sources of the same classes, one after another."""
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sources)
+        self.class_names = sources[0].class_names
+        self.ends = np.cumsum([len(source) for source in sources])
+        if any(source.class_names != self.class_names for source in sources):
+            raise UserError("splits joined by + have different classes; load them apart.")
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        i = range(len(self))[i]
+        part = int(np.searchsorted(self.ends, i, side="right"))
+        return self.sources[part][i - (int(self.ends[part - 1]) if part else 0)]
+
+
+def pick_split(requested: str, available: Sequence[str], where: str) -> str:
+    """The available split that `requested` means.
+
+    `val` and `validation` are one name; `test` is another, unless only one set is held out.
+    Raises UserError, listing what exists.
+    """
+    if requested in available:
+        return requested
+    held_out = [name for name in available if name in HELD_OUT]
+    if requested in ("val", "validation"):
+        held_out = [name for name in held_out if name != "test"] or held_out
+    if requested in HELD_OUT and len(held_out) == 1:
+        return held_out[0]
+    raise UserError(f"{where} has no split {requested!r}; it has {', '.join(available)}.")
+
+
+# ---- data sets that need no files --------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ArraySource:
+    """Images and labels held in memory: (N, H, W) or (N, H, W, C) uint8, and (N,) integers."""
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        label = int(self.labels[i])
+        return {"image": self.images[i], "label": label, "name": f"{self.name}[{i}]"}
+
+
+def _open_digits(argument: str, split: str, data_dir: str | None) -> Source:
+    """1,797 scans of handwritten digits, 8 x 8 grey: 1,437 to train on and 360 held out."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    if argument:
+        raise UserError(f"the digits source takes no argument, but got {argument!r}.")
+    split = pick_split(split, ("train", "test"), "digits")
+    images, labels = load_digits().images, load_digits().target
+    images = np.rint(images * (255 / 16)).astype(np.uint8)  # stored as 0 .. 16
+    rows = train_test_split(
+        np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=0
+    )[split == "test"]
+    return ArraySource(images[rows], labels[rows], tuple("0123456789"), "digits")
+
+
+@dataclass(frozen=True)
+class SyntheticSource:
+    """Noise with random labels, a pure function of (split, index); to time and test with."""
+
+    split: str
+    shape: tuple[int, int, int] = (224, 224, 3)
+    classes: int = 1000
+    examples: int = 1280
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(str(label) for label in range(self.classes))
+
+    def __len__(self) -> int:
+        return self.examples
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        i = range(self.examples)[i]
+        rng = np.random.default_rng([zlib.crc32(self.split.encode()), i])
+        label = int(rng.integers(self.classes))
+        image = np.frombuffer(rng.bytes(int(np.prod(self.shape))), np.uint8)
+        return {
+            "image": image.reshape(self.shape),
+            "label": label,
+            "name": f"synthetic {self.split}[{i}]",
+        }
+
+
+def _open_synthetic(argument: str, split: str, data_dir: str | None) -> Source:
+    options: dict[str, Any] = {}
+    for field in filter(None, argument.split(",")):
+        if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([13])", field):
+            options["shape"] = tuple(int(size) for size in match.groups())
+        elif match := re.fullmatch(r"(classes|examples)=([1-9]\d*)", field):
+            options[match[1]] = int(match[2])
+        else:
+            raise UserError(
+                f"synthetic source: {field!r} is not understood; write it like "
+                "synthetic:224x224x3,classes=1000,examples=1280 (1 or 3 channels)."
+            )
+    return SyntheticSource(split, **options)
+
+
+def _open_folder(argument: str, split: str, data_dir: str | None) -> Source:
+    from vit_jax.data import folder
+
+    return folder.open_folder(argument, split)
+
+
+def _open_tfds(argument: str, split: str, data_dir: str | None) -> Source:
+    from vit_jax.data import tfds
+
+    return tfds.open_tfds(argument, split, data_dir)
+
+
+_KINDS: dict[str, Callable[[str, str, str | None], Source]] = {
+    "digits": _open_digits,
+    "folder": _open_folder,
+    "tfds": _open_tfds,
+    "synthetic": _open_synthetic,
+}

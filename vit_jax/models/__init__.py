@@ -1,0 +1,1 @@
+"""What is computed: the networks, from one table of variants."""

@@ -1,0 +1,144 @@
+"""Layers that every model here is made of, and the one place where precision is decided.
+
+Parameters are float32. With `dtype="bfloat16"` the operands of every matrix product are cast
+to bfloat16 while products are accumulated and returned in float32, forward and backward;
+normalisation, softmax and the residual stream stay float32. That keeps the speed of half
+precision without its drift, and on XLA it is faster than products that return bfloat16.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Initializer = Callable[..., jax.Array]
+
+
+def contract(subscripts: str, x: jax.Array, y: jax.Array, dtype: str) -> jax.Array:
+    """`einsum` of two arrays with `dtype` operands and a float32 result."""
+    return jnp.einsum(
+        subscripts, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, w: jax.Array, dtype: str) -> jax.Array:
+    """Matrix product (n, k) @ (k, m) -> (n, m): `dtype` operands, float32 result.
+
+    The gradient is written out because automatic differentiation would multiply the float32
+    cotangent with the bfloat16 operand in float32, at half the speed, and would keep the
+    float32 operands alive for it.
+    """
+    return contract("nk,km->nm", x, w, dtype)
+
+
+def _matmul_forward(x: jax.Array, w: jax.Array, dtype: str) -> tuple[jax.Array, Any]:
+    x, w = x.astype(dtype), w.astype(dtype)
+    return contract("nk,km->nm", x, w, dtype), (x, w)
+
+
+def _matmul_backward(dtype: str, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, w = saved
+    return contract("nm,km->nk", g, w, dtype), contract("nk,nm->km", x, g, dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def flattened(init: Initializer, num_in_axes: int) -> Initializer:
+    """Applies a matrix initialiser to a kernel of more axes, as if it were (fan-in, fan-out).
+
+    Attention kernels are stored per head, (D, k, d) and (k, d, D), but they are one matrix.
+    """
+
+    def wrapped(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
+        fan_in, fan_out = math.prod(shape[:num_in_axes]), math.prod(shape[num_in_axes:])
+        return init(key, (fan_in, fan_out), dtype).reshape(shape)
+
+    return wrapped
+
+
+class Dense(nn.Module):
+    """Affine map of the trailing axes: (..., *in_shape) -> (..., *out_shape), float32.
+
+    The kernel has shape (*in_shape, *out_shape), which is how published checkpoints store
+    patch embeddings (P, P, C, D) and attention projections (D, k, d); it is applied as one
+    matrix to all leading axes flattened, which is what matrix-product libraries like best.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    dtype: str
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel_init = flattened(self.kernel_init, len(self.in_shape))
+        kernel = self.param("kernel", kernel_init, (*self.in_shape, *self.out_shape))
+        bias = self.param("bias", self.bias_init, self.out_shape)
+        leading = x.shape[: x.ndim - len(self.in_shape)]
+        fan_in, fan_out = math.prod(self.in_shape), math.prod(self.out_shape)
+        y = matmul(x.reshape(-1, fan_in), kernel.reshape(fan_in, fan_out), self.dtype)
+        return y.reshape(*leading, *self.out_shape) + bias
+
+
+def layer_norm(eps: float, name: str) -> nn.LayerNorm:
+    """LayerNorm over the width, always in float32.
+
+    The two-pass variance is chosen on purpose: Flax's default E[x^2] - E[x]^2 loses digits
+    when the mean is large against the spread, which deep residual streams reach.
+    """
+    return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=jnp.float32, name=name)
+
+
+GELU: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "tanh": functools.partial(jax.nn.gelu, approximate=True),  # Google's checkpoints
+    "erf": functools.partial(jax.nn.gelu, approximate=False),  # everybody else's
+}
+
+
+class StochasticDepth(nn.Module):
+    """Drops a residual branch of a whole example with probability `rate` (1603.09382)."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rate: jax.Array | float) -> jax.Array:
+        keep = 1.0 - rate
+        shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+        kept = jax.random.bernoulli(self.make_rng("dropout"), keep, shape)
+        return jnp.where(kept, x / keep, 0.0)
+
+
+class LayerScale(nn.Module):
+    """A learned gain for each channel of a residual branch (CaiT, arXiv 2103.17239)."""
+
+    init_value: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gamma = self.param("gamma", nn.initializers.constant(self.init_value), x.shape[-1:])
+        return x * gamma
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, dtype: str
+) -> tuple[jax.Array, Callable[[], jax.Array]]:
+    """Softmax attention of (B, k, N, d) queries, keys and values (Appendix A, equations 6-7).
+
+    Heads come before tokens, so that every product is a plain batched matrix product, and
+    the softmax is normalised after the product with the values: d divisions a token, not N.
+
+    Returns:
+      The (B, k, N, d) float32 result, and a function that returns the (B, k, N, N) weights,
+      so that nobody who does not ask for them pays for them.
+    """
+    scores = contract("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, dtype)
+    scores = scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores)
+    total = weights.sum(axis=-1, keepdims=True)
+    return contract("bhqk,bhkd->bhqd", weights, v, dtype) / total, lambda: weights / total

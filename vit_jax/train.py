@@ -1,0 +1,360 @@
+"""Trains a model: `python -m vit_jax.train --config=FILE[:ARGUMENT] --workdir=DIR`.
+
+Any field can be set on the command line, `--config.optimizer.lr=3e-4`; all are listed, with
+their meaning, in vit_jax/config.py. Running the same command again continues where the work
+directory stands: the end is bit for bit that of a run never stopped. SIGTERM and Ctrl-C save
+and exit with code 0.
+
+The work directory holds `metrics.jsonl` (one JSON object a line), `tensorboard/`,
+`checkpoints/` (the last states), `best/` (the weights of the best evaluation) and
+`config.json`.
+"""
+
+import contextlib
+import json
+import math
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+import vit_jax
+from vit_jax import cli, experiment
+from vit_jax import config as configuration
+from vit_jax.data import pipeline
+from vit_jax.data.sources import Source
+from vit_jax.errors import UserError
+from vit_jax.models.vit import count_parameters
+from vit_jax.training import sharding
+from vit_jax.training.checkpoint import Card, Checkpoints, abstract
+from vit_jax.training.evaluate import evaluate
+from vit_jax.training.logging import MetricWriter
+from vit_jax.training.optimizer import make_optimizer
+from vit_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+
+Metrics = dict[str, Any]
+
+
+# --- Plan: how long, how often ------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    """The durations of a run, in steps. An interval of 0 means only at the end."""
+
+    total: int
+    log_every: int
+    eval_every: int
+    checkpoint_every: int
+
+    def due(self, step: int, every: int) -> bool:
+        return step == self.total or (every > 0 and step % every == 0)
+
+
+def make_plan(config: ConfigDict, examples: int) -> Plan:
+    """Resolves the durations of `config`; `examples` is the size of an epoch."""
+    plan = Plan(
+        *(configuration.steps(config, f, examples, config.batch_size) for f in Plan._fields)
+    )
+    if plan.total < 1:
+        raise UserError("the length of training is 0 steps: set e.g. config.total_epochs=90")
+    return plan
+
+
+# --- Stop: signals become a flag that the loop reads --------------------------------------
+
+
+class StopSignal:
+    """Within this context SIGTERM and Ctrl-C set `requested`; a second Ctrl-C interrupts."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> "StopSignal":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+
+# --- Report: one step late, so that the device never waits for the host -------------------
+
+
+def check_finite(step: int, metrics: Metrics, workdir: Path) -> None:
+    """Raises UserError if a metric of this step is NaN or infinite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{name} is {value} at step {step}: the last good checkpoint in {workdir} is "
+                f"intact; use a lower config.optimizer.lr, a longer warm-up or a smaller "
+                f"config.optimizer.clip_norm in a new --workdir"
+            )
+
+
+class Reporter:
+    """Checks the metrics of every step, and writes those that are due."""
+
+    def __init__(self, log: MetricWriter, plan: Plan, batch_size: int, workdir: Path):
+        self._log, self._plan, self._batch_size, self._workdir = log, plan, batch_size, workdir
+        self._pending: tuple[int, Metrics] | None = None
+        self.restart_clock()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of `step`, still being computed, and reports the step before."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Waits for the step that was added last, and reports it."""
+        if self._pending:
+            step, metrics = self._pending
+            self._pending = None
+            self._report(step, {k: float(v) for k, v in jax.device_get(metrics).items()})
+
+    def restart_clock(self) -> None:
+        """Keeps what happened since the last report out of the measured speed."""
+        self._steps, self._start = 0, time.monotonic()
+
+    def _report(self, step: int, metrics: Metrics) -> None:
+        check_finite(step, metrics, self._workdir)
+        self._log.progress(step)
+        self._steps += 1
+        if self._plan.due(step, self._plan.log_every):
+            seconds = max(time.monotonic() - self._start, 1e-9)
+            metrics["images_per_second"] = self._steps * self._batch_size / seconds
+            self._log.write(step, metrics)
+            self.restart_clock()
+
+
+# --- Build: what the configuration names, nothing large yet -------------------------------
+
+
+class Run(NamedTuple):
+    """Everything about a run that does not change from step to step."""
+
+    config: ConfigDict
+    mesh: jax.sharding.Mesh
+    source: Source
+    eval_source: Source
+    plan: Plan
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
+    eval_step: Callable[[Any, Any, Any], Any]
+    train_reading: dict[str, Any]
+    eval_reading: dict[str, Any]
+    card: Card
+
+
+def build(config: ConfigDict) -> Run:
+    """Opens the data and compiles nothing yet; every wrong field is found here."""
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation)
+    sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
+    source = experiment.open_source(config, config.data.train_split)
+    eval_source = experiment.open_source(config, config.data.eval_split)
+    if eval_source.class_names != source.class_names:
+        raise UserError(
+            f"data.train_split={config.data.train_split!r} and data.eval_split="
+            f"{config.data.eval_split!r} of {config.data.source} have different classes: make "
+            f"their class folders the same"
+        )
+    num_classes = len(source.class_names)
+    plan = make_plan(config, len(source))
+    objective = experiment.build_objective(config, num_classes)
+    schedule = experiment.build_schedule(config, len(source))
+    optimizer = make_optimizer(config.optimizer, schedule)
+    step = make_train_step(
+        objective,
+        optimizer,
+        schedule,
+        experiment.prepare_for_training(config, num_classes),
+        seed=config.seed,
+        accumulation=config.accumulation,
+        ema_decay=config.ema_decay,
+    )
+    eval_step = make_eval_step(objective, experiment.prepare_for_eval(config))
+    return Run(
+        config=config,
+        mesh=mesh,
+        source=source,
+        eval_source=eval_source,
+        plan=plan,
+        init=lambda: init_state(objective, optimizer, config.seed, bool(config.ema_decay)),
+        train_step=jax.jit(step, donate_argnums=0),  # the new state takes the old one's memory
+        eval_step=jax.jit(eval_step),
+        train_reading=experiment.train_pipeline(config),
+        eval_reading=experiment.eval_pipeline(config),
+        card={
+            "config": configuration.to_dict(config),
+            "class_names": list(source.class_names),
+            "vit_jax": vit_jax.__version__,
+        },
+    )
+
+
+# --- Begin: the work directory's state, or a fresh one ------------------------------------
+
+
+def begin(run: Run, checkpoints: Checkpoints, workdir: Path) -> TrainState:
+    """Returns the newest readable state, or a fresh one, on every device of the mesh.
+
+    Raises:
+      UserError: the work directory belongs to a run with another configuration.
+    """
+    if stored := checkpoints.card():
+        configuration.check_resumable(stored["config"], run.config, workdir)
+    everywhere = sharding.replicated(run.mesh)
+    state = checkpoints.restore(abstract(jax.eval_shape(run.init), everywhere))
+    text = json.dumps(run.card["config"], indent=2)
+    (workdir / "config.json").write_text(text + "\n")
+    return jax.jit(run.init, out_shardings=everywhere)() if state is None else state
+
+
+# --- Evaluate -----------------------------------------------------------------------------
+
+
+def evaluate_state(run: Run, state: TrainState, stop: StopSignal) -> Metrics | None:
+    """Metrics over the whole evaluation split, or None if a signal came first."""
+    batches = pipeline.eval_batches(
+        run.eval_source, batch_size=run.config.eval_batch_size, **run.eval_reading
+    )
+    with contextlib.closing(batches):
+        averages = evaluate(
+            lambda batch: run.eval_step(state.eval_params, state.extra, batch),
+            (sharding.put_batch(batch, run.mesh) for batch in batches),
+            lambda: stop.requested,
+        )
+    return averages and {f"eval/{name}": value for name, value in averages.items()}
+
+
+def recorded_evaluation(log: MetricWriter, step: int) -> Metrics | None:
+    """The evaluation that the log holds for `step`, if any."""
+    for record in reversed(log.records):
+        if record["step"] == step and "eval/accuracy" in record:
+            return record
+    return None
+
+
+# --- Train --------------------------------------------------------------------------------
+
+
+def loop(
+    run: Run,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    workdir: Path,
+    log: MetricWriter,
+    stop: StopSignal,
+) -> Metrics:
+    """Steps from `state` to the end of the plan; returns the last evaluation.
+
+    The order within a step is fixed: update, report, save, evaluate. A step is reported (and
+    so known to be finite) before it is saved, and saved before the evaluation that a signal
+    may cut short; whoever resumes owes that evaluation and makes it first.
+    """
+    plan, first_step = run.plan, int(state.step)
+    reporter = Reporter(log, plan, run.config.batch_size, workdir)
+    result = recorded_evaluation(log, first_step)
+
+    def evaluate_now(step: int) -> Metrics | None:
+        metrics = evaluate_state(run, state, stop)
+        if metrics is not None:
+            log.write(step, metrics)
+            card = {**run.card, "metrics": metrics}
+            checkpoints.save_if_best(step, state.eval_params, card, metrics["eval/accuracy"])
+        reporter.restart_clock()
+        return metrics
+
+    if first_step and result is None and plan.due(first_step, plan.eval_every):
+        result = evaluate_now(first_step)
+
+    batches = pipeline.train_batches(run.source, first_step=first_step, **run.train_reading)
+    with contextlib.closing(batches):
+        for step in range(first_step + 1, plan.total + 1):
+            state, metrics = run.train_step(state, sharding.put_batch(next(batches), run.mesh))
+            reporter.add(step, metrics)
+            if stop.requested or plan.due(step, plan.checkpoint_every):
+                reporter.flush()
+                checkpoints.save(step, state, run.card)
+            if plan.due(step, plan.eval_every) and not stop.requested:
+                reporter.flush()
+                result = evaluate_now(step)
+            if stop.requested:
+                checkpoints.save(step, state, run.card)
+                break
+    return result or {}
+
+
+def train(config: ConfigDict, workdir: Path) -> Metrics:
+    """Trains to the end, or until a signal; returns the last evaluation made.
+
+    Raises:
+      UserError: for everything that the person who wrote `config` can mend.
+    """
+    run = build(config)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
+        state = begin(run, checkpoints, workdir)
+        first_step = int(state.step)
+        log = stack.enter_context(MetricWriter(workdir, first_step, run.plan.total))
+        log.say(describe(run, state, workdir))
+        result = loop(run, state, checkpoints, workdir, log, stop)
+        if stop.requested:
+            log.say("stopped by a signal, state saved: run the same command to continue")
+    return result
+
+
+def describe(run: Run, state: TrainState, workdir: Path) -> str:
+    """What is about to happen, in a few lines."""
+    config, plan, step = run.config, run.plan, int(state.step)
+    model = f"{config.model.variant} at {config.image_size[0]}x{config.image_size[1]}"
+    begun = "from the beginning" if step == 0 else f"resumed at step {step}"
+    if step >= plan.total:
+        begun = "already complete"
+    return (
+        f"model {model}, {count_parameters(state.params):,} parameters, "
+        f"{len(run.card['class_names'])} classes\n"
+        f"data {config.data.source}: {len(run.source):,} to train on, "
+        f"{len(run.eval_source):,} to evaluate\n"
+        f"{plan.total:,} steps of {config.batch_size:,} on {run.mesh.size} "
+        f"{run.mesh.devices.flat[0].device_kind} device(s), {begun}; everything in {workdir}"
+    )
+
+
+# --- The door -----------------------------------------------------------------------------
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: FILE.py[:ARGUMENT].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; resumes what is there.")
+
+
+def main(positional: list[str]) -> None:
+    if positional:
+        raise UserError(f"{positional[0]!r} is not a flag: run with --help to see them")
+    workdir = Path(cli.required(_WORKDIR))
+    cli.required(_CONFIG)
+    config = _CONFIG.value
+    overridden = config_flags.get_override_values(flags.FLAGS["config"])
+    configuration.prefer_overrides(config, list(overridden))
+    result = train(config, workdir)
+    if result:
+        print(f"accuracy {result['eval/accuracy']:.4f} of {result['eval/count']} examples")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,1 @@
+"""How it is learned: optimiser, step, devices, checkpoints, logs."""

@@ -1,0 +1,194 @@
+"""Saving and restoring: the only file that knows Orbax.
+
+A work directory holds `checkpoints/STEP`, the last few states, from which training resumes,
+and `best/STEP`, the weights of the best evaluation so far. Beside the arrays of each lies a
+*card*, a JSON object with the configuration, the class names and the metrics: whoever has
+one of these folders needs nothing else. Writing is asynchronous, and atomic: a step appears
+under its number only when it is complete.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from vit_jax.errors import UserError
+
+Card = dict[str, Any]
+
+
+def _manager(directory: Path, keep: int | None) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(),
+        "card": ocp.JsonCheckpointHandler(),
+    }
+    return ocp.CheckpointManager(
+        directory.absolute(),
+        options=options,
+        item_handlers=handlers,
+    )
+
+
+def _restore(manager: ocp.CheckpointManager, step: int, target: Any) -> Any:
+    """Reads the arrays that `target` names, with its shapes, dtypes and shardings."""
+    args = ocp.args.PyTreeRestore(
+        item=target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=True,
+    )
+    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+
+
+def _read_card(manager: ocp.CheckpointManager, step: int) -> Card:
+    return manager.restore(step, args=ocp.args.Composite(card=ocp.args.JsonRestore()))["card"]
+
+
+class Checkpoints:
+    """The checkpoints of one run."""
+
+    def __init__(self, workdir: Path, keep: int):
+        self.workdir = workdir
+        self._last = _manager(workdir / "checkpoints", keep)
+        self._best = _manager(workdir / "best", 1)
+        step = self._best.latest_step()
+        self._best_score = -1.0 if step is None else _read_card(self._best, step)["score"]
+
+    def card(self) -> Card | None:
+        """The card of the newest checkpoint that has a readable one, or None."""
+        for step in sorted(self._last.all_steps(), reverse=True):
+            try:
+                return _read_card(self._last, step)
+            except Exception:
+                continue  # `restore` reports it
+        return None
+
+    def restore(self, target: Any) -> Any | None:
+        """Returns the newest readable state, or None where there is no checkpoint.
+
+        A checkpoint that cannot be read is moved to `unreadable/` and the one before it is
+        tried.
+
+        Raises:
+          UserError: there are checkpoints, but none can be read.
+        """
+        steps = sorted(self._last.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                return _restore(self._last, step, target)
+            except Exception as error:  # whatever a damaged file makes the reader raise
+                self._set_aside(step, error)
+        if steps:
+            raise UserError(
+                f"none of the checkpoints {steps} in {self.workdir} could be read: they were "
+                f"moved to {self.workdir / 'unreadable'}; run again to start from step 0"
+            )
+        return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        source = self.workdir / "checkpoints" / str(step)
+        shelf = self.workdir / "unreadable"
+        shelf.mkdir(exist_ok=True)
+        number = len(list(shelf.glob(f"{step}-*")))
+        target = shelf / f"{step}-{number}"
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        print(
+            f"warning: checkpoint {source} cannot be read ({reason[0][:200]}); moved it to "
+            f"{target}, falling back to the one before it",
+            file=sys.stderr,
+        )
+        source.rename(target)
+        self._last.reload()
+
+    def save(self, step: int, state: Any, card: Card) -> None:
+        """Starts writing; returns as soon as `state` may be changed again."""
+        if step not in self._last.all_steps():
+            self._write(self._last, step, state, card)
+
+    def save_if_best(self, step: int, params: Any, card: Card, score: float) -> None:
+        """Keeps `params` in place of the best so far if `score` is higher."""
+        if score > self._best_score:
+            self._best_score = score
+            self._write(self._best, step, {"params": params}, {**card, "score": score})
+
+    @staticmethod
+    def _write(manager: ocp.CheckpointManager, step: int, state: Any, card: Card) -> None:
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state), card=ocp.args.JsonSave({**card, "step": step})
+        )
+        manager.save(step, args=items, force=True)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Waits until everything is on disk."""
+        self._last.close()
+        self._best.close()
+
+
+def _open(workdir: Path, which: str) -> tuple[ocp.CheckpointManager, int]:
+    directory = workdir / ("best" if which == "best" else "checkpoints")
+    if not directory.is_dir():
+        raise UserError(
+            f"{workdir} has no {directory.name}/ folder: pass the --workdir of a training run"
+        )
+    manager = _manager(directory, None)
+    steps = sorted(manager.all_steps())
+    if which in ("last", "best") and steps:
+        return manager, steps[-1]
+    if which not in map(str, steps):
+        found = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"{directory} has no checkpoint {which!r}: it holds {found}")
+    return manager, int(which)
+
+
+def load_card(workdir: Path, which: str = "last") -> Card:
+    """Reads the card of checkpoint `which`: `last`, `best` or a step number.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    manager, step = _open(workdir, which)
+    with manager:
+        try:
+            return _read_card(manager, step)
+        except Exception as error:
+            raise _unreadable(workdir, step, error) from error
+
+
+def load_params(workdir: Path, which: str, target: Any) -> Any:
+    """Reads the weights of checkpoint `which`, the averaged ones where they were kept.
+
+    Args:
+      workdir: a work directory.
+      which: `last`, `best` or a step number.
+      target: a tree of `jax.ShapeDtypeStruct` with shardings.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    manager, step = _open(workdir, which)
+    with manager:
+        try:
+            averaged = _read_card(manager, step)["config"]["ema_decay"] and which != "best"
+            name = "ema" if averaged else "params"
+            return _restore(manager, step, {name: target})[name]
+        except Exception as error:
+            raise _unreadable(workdir, step, error) from error
+
+
+def _unreadable(workdir: Path, step: int, error: Exception) -> UserError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(
+        f"checkpoint {step} in {workdir} cannot be read ({reason[0][:200]}): pass --step with "
+        f"another one, or copy the work directory again"
+    )
+
+
+def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
+    """Shapes and dtypes of `tree`, to be restored with `sharding`."""
+    describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(describe, tree)
