@@ -7,7 +7,7 @@ distorts, and magnitudes go up to 20. Images are 8-bit PIL images, grey (L) or R
 
 One deliberate difference: the original's Contrast blends towards the number of pixels
 divided by 256 (196 at 224 x 224), a slip; here it blends towards the mean grey level, as
-was meant. In the baseline paper's setting correcting it changes accuracy by about 0.1.
+was meant.
 """
 
 from collections.abc import Callable

@@ -24,15 +24,17 @@ class Batches(Iterator[Batch]):
     """An iterator over batches; `close()` ends its threads and worker processes."""
 
     def __init__(self, iterator: Any) -> None:
-        self._iterator = iterator
+        self._open = [iterator]
         # At the latest when Python ends: Grain's own clean-up comes too late, and complains.
-        self._finalizer = weakref.finalize(self, iterator.close)
+        self._finalizer = weakref.finalize(self, _close_all, self._open)
 
     def __next__(self) -> Batch:
+        if not self._open:
+            raise ValueError("these batches are closed; make new ones to go on")
         # A worker's batch lies in shared memory that dies with the worker: copy it out.
         return {
             key: value if type(value) is np.ndarray else np.array(value)
-            for key, value in next(self._iterator).items()
+            for key, value in next(self._open[0]).items()
         }
 
     def close(self) -> None:
@@ -43,6 +45,11 @@ class Batches(Iterator[Batch]):
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _close_all(iterators: list[Any]) -> None:
+    while iterators:
+        iterators.pop().close()
 
 
 def train_batches(

@@ -4,7 +4,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vit_jax.data.sources import Source, pick_split
@@ -61,11 +60,15 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
     return TfdsSource(records, image_key, label_key, names, f"tfds:{name} {split}")
 
 
-def _find(name: str, data_dir: str | None) -> Path:
+def _find(name: str, data_dir: str | None) -> Any:
     """The folder that holds `dataset_info.json` of the version asked for, or the newest."""
+    from tensorflow_datasets.core import Path  # a pathlib that knows buckets (gs://) too
+
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    root = root.expanduser()
     base, version = name, ""
-    if not name.startswith(("/", "~", ".")):
+    is_path = name.startswith(("/", "~", ".", "gs://"))
+    if not is_path:
         match = re.fullmatch(r"(\w+(?:/[\w.-]+)?)(?::(\d+\.\d+\.\d+))?", name)
         if match is None:
             raise UserError(
@@ -73,20 +76,25 @@ def _find(name: str, data_dir: str | None) -> Path:
                 "tfds:name/config:1.0.0 or tfds:/path/to/prepared/folder."
             )
         base, version = match[1], match[2] or ""
-    folder = root.expanduser() / Path(base).expanduser()  # an absolute path replaces the root
+    folder = root / Path(base).expanduser()  # an absolute path replaces the root
     if (folder / _INFO).is_file():
         return folder
     versions = [path.parent for path in _config(folder, name).glob(f"*/{_INFO}")]
     versions = [path for path in versions if version in ("", path.name)]
+    if not versions and is_path:
+        raise UserError(
+            f"folder {str(folder)!r} holds no prepared data set; give one with a {_INFO}, or a "
+            "name such as tfds:cifar10."
+        )
     if not versions:
         raise UserError(
-            f"tfds:{name} is not prepared under {str(root.expanduser())!r}; prepare it with "
+            f"tfds:{name} is not prepared under {str(root)!r}; prepare it with "
             f"{_build_command(name, str(root))}."
         )
     return max(versions, key=lambda path: [int(x) for x in re.findall(r"\d+", path.name)])
 
 
-def _config(folder: Path, name: str) -> Path:
+def _config(folder: Any, name: str) -> Any:
     """The only config of a data set that has configs, else the data set's own folder."""
     configs = sorted({path.parent.parent for path in folder.glob(f"*/*/{_INFO}")})
     if len(configs) > 1:

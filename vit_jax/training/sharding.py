@@ -1,5 +1,6 @@
 """Where arrays live: one mesh over all devices, batches split over it, weights on each."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,9 +10,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vit_jax.errors import UserError
 
 
-def make_mesh() -> Mesh:
-    """A one-axis mesh, `data`, over every device of every process."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A one-axis mesh, `data`, over `devices`; without them, over those of every process."""
+    devices = jax.devices() if devices is None else devices
+    # Not jax.make_mesh's default, AxisType.Explicit: there every operation must be told how
+    # its result is laid out, where here XLA decides.
+    return jax.make_mesh(
+        (len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices
+    )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -104,7 +104,7 @@ def make_train_step(
         if ema_decay:
             ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
         metrics = {f"train/{name}": total / count for name, (total, count) in sums.items()}
-        metrics |= {"lr": schedule(state.step), "grad_norm": optax.global_norm(grads)}
+        metrics |= {"lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, ema, extra), metrics
 
     return step

@@ -1,0 +1,151 @@
+import itertools
+import pickle
+
+import pytest
+from PIL import Image
+
+from vit_jax.data import sources
+from vit_jax.errors import UserError
+
+# Of the 120 files of `one_folder`, by the BLAKE2 hash of their relative paths.
+GOLDEN_ORDER = ["dog/11.png", "cat/53.png", "dog/35.png", "cat/56.png"]
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2)).save(root / path)
+
+
+def files(root, split):
+    source = sources.load(f"folder:{root}", split)
+    return [source[i]["name"].removeprefix(f"{root}/") for i in range(len(source))]
+
+
+@pytest.fixture
+def one_folder(tmp_path):
+    touch(tmp_path, *(f"{name}/{i}.png" for name in ("cat", "dog") for i in range(60)))
+    return tmp_path
+
+
+@pytest.fixture
+def split_folders(tmp_path):
+    touch(tmp_path, *(f"train/{name}/{i}.png" for name in ("b", "a", "c") for i in range(3)))
+    touch(tmp_path, "test/b/0.png", "test/a/deep/er/1.png")
+    return tmp_path
+
+
+def test_one_folder_of_classes_is_split_by_hash(one_folder):
+    train, test = files(one_folder, "train"), files(one_folder, "test")
+    assert sorted(train + test) == sorted(files(one_folder, "all"))
+    assert len(train) + len(test) == 120
+    for name in ("cat", "dog"):
+        held_out = sum(path.startswith(name) for path in test)
+        assert 4 <= held_out <= 22  # binomial(60, 0.2), three deviations either way
+    assert files(one_folder, "val") == files(one_folder, "validation") == test
+
+
+def test_files_added_later_move_no_other(one_folder):
+    train, test = files(one_folder, "train"), files(one_folder, "test")
+    touch(
+        one_folder, *(f"{name}/x{i}.png" for name in ("cat", "dog", "eel") for i in range(30))
+    )
+    assert set(train) < set(files(one_folder, "train"))
+    assert set(test) < set(files(one_folder, "test"))
+
+
+def test_the_order_mixes_classes_and_is_known_in_advance(one_folder):
+    order = files(one_folder, "train")
+    changes = sum(a[:3] != b[:3] for a, b in itertools.pairwise(order))
+    assert changes > 25  # sorted by class there would be one
+    # A golden order: it must outlive releases, because splits of splits hang on it.
+    assert files(one_folder, "all")[:4] == GOLDEN_ORDER
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+def test_a_small_class_lies_on_both_sides(tmp_path, n):
+    names = [f"class{c}" for c in range(12)]
+    touch(tmp_path, *(f"{name}/{i}.png" for name in names for i in range(n)))
+    for split in ("train", "test"):
+        assert {path.split("/")[0] for path in files(tmp_path, split)} == set(names)
+
+
+def test_a_single_image_is_for_training(tmp_path):
+    touch(tmp_path, "a/0.png", "b/0.png", "b/1.png")
+    assert "a/0.png" in files(tmp_path, "train")
+    assert len(files(tmp_path, "test")) == 1
+
+
+def test_split_folders_keep_their_splits(split_folders):
+    train = sources.load(f"folder:{split_folders}", "train")
+    test = sources.load(f"folder:{split_folders}", "test")
+    assert train.class_names == test.class_names == ("a", "b", "c")
+    found = {
+        (test[i]["name"].removeprefix(f"{split_folders}/"), test[i]["label"]) for i in range(2)
+    }
+    assert found == {("test/a/deep/er/1.png", 0), ("test/b/0.png", 1)}
+    assert len(train) == 9
+
+
+@pytest.mark.parametrize("existing", ["val", "validation", "test"])
+@pytest.mark.parametrize("asked", ["val", "validation", "test"])
+def test_any_name_finds_the_only_held_out_folder(tmp_path, existing, asked):
+    touch(tmp_path, "train/a/0.png", f"{existing}/a/1.png")
+    assert files(tmp_path, asked) == [f"{existing}/a/1.png"]
+
+
+def test_a_folder_to_evaluate_on_needs_no_training_split(tmp_path):
+    touch(tmp_path, "val/a/0.png", "val/b/0.png")
+    source = sources.load(f"folder:{tmp_path}", "val")
+    assert (len(source), source.class_names) == (2, ("a", "b"))
+
+
+def test_every_extension_counts_and_hidden_files_do_not(tmp_path):
+    names = ["0.jpg", "1.JPEG", "2.Png", "3.webp", "4.BMP", "5.gif", "6.tif"]
+    touch(
+        tmp_path,
+        *(f"a/{name}" for name in names),
+        "a/.hidden.jpg",
+        "a/.cache/x.jpg",
+        ".git/x.png",
+    )
+    (tmp_path / "a" / "notes.txt").write_text("not an image")
+    (tmp_path / "README.md").write_text("not a class")
+    assert sorted(files(tmp_path, "all")) == [f"a/{name}" for name in names]
+
+
+def test_paths_may_start_at_home(split_folders, monkeypatch):
+    monkeypatch.setenv("HOME", str(split_folders.parent))
+    assert len(sources.load(f"folder:~/{split_folders.name}", "train")) == 9
+
+
+def test_parts_of_splits_work_on_folders(one_folder):
+    whole = files(one_folder, "train")
+    assert files(one_folder, "train[:90%]") + files(one_folder, "train[90%:]") == whole
+
+
+def test_folder_sources_can_be_pickled(one_folder):
+    source = sources.load(f"folder:{one_folder}", "train")
+    assert pickle.loads(pickle.dumps(source))[3] == source[3]
+
+
+def test_errors_name_the_folder_and_the_remedy(tmp_path, split_folders):
+    def message(path, split="train"):
+        with pytest.raises(UserError) as caught:
+            sources.load(f"folder:{path}", split)
+        return str(caught.value)
+
+    assert "nowhere' does not exist" in message(tmp_path / "nowhere")
+    assert "give folder:PATH" in message("")
+    assert "has no split 'val[" not in message(split_folders, "dev")
+    assert "it has test, train" in message(split_folders, "dev")
+    (tmp_path / "bare").mkdir()
+    assert "bare' has no class folders" in message(tmp_path / "bare")
+    touch(tmp_path, "flat/train/0.png")
+    assert "flat/train' has no class folders" in message(tmp_path / "flat")
+    touch(tmp_path, "some/a/0.png")
+    (tmp_path / "some" / "b").mkdir()
+    assert "some/b' holds no images (jpg" in message(tmp_path / "some")
+    touch(split_folders, "test/zebra/0.png")
+    assert "test/zebra' has no counterpart in" in message(split_folders, "test")
+    assert "rename or remove it" in message(split_folders, "test")

@@ -1,0 +1,297 @@
+import itertools
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data import sources
+from vit_jax.data.pipeline import eval_batches, train_batches
+from vit_jax.data.preprocess import parse_transform
+from vit_jax.errors import UserError
+
+NOISE = "synthetic:20x24x3,classes=10,examples="
+AUGMENT = parse_transform("inception_crop|flip|randaugment(2, 10)", (12, 8))
+RESIZE = parse_transform("resize", (12, 8))
+IDENTITY = parse_transform("", (1, 1))
+
+
+class Numbers(sources.ArraySource):
+    """Example i is one pixel of value i, so that batches show what they hold."""
+
+    def __init__(self, n, classes=10):
+        values = np.arange(n)
+        pixels = values.astype(np.uint8).reshape(n, 1, 1)
+        super().__init__(pixels, values % classes, tuple(map(str, range(classes))), "numbers")
+
+
+def train(source, steps, transform=AUGMENT, channels=3, batch_size=8, seed=3, **options):
+    options |= {"channels": channels, "batch_size": batch_size, "seed": seed}
+    with train_batches(source, transform=transform, **options) as batches:
+        return list(itertools.islice(batches, steps))
+
+
+def evaluate(source, transform=IDENTITY, channels=1, batch_size=8, **options):
+    options |= {"channels": channels, "batch_size": batch_size}
+    with eval_batches(source, transform=transform, **options) as batches:
+        return list(batches)
+
+
+def assert_same(left, right):
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def joined(parts):
+    """The batches of several processes as one."""
+    return [
+        {key: np.concatenate([b[key] for b in same_step]) for key in same_step[0]}
+        for same_step in zip(*parts, strict=True)
+    ]
+
+
+def numbers(batches):
+    return [int(x) for batch in batches for x in batch["image"].ravel()]
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return sources.load(NOISE + "37", "train")
+
+
+@pytest.fixture(scope="module")
+def reference(noise):
+    """Seven batches of 8 from 37 examples: the border of an epoch lies inside the fifth."""
+    return train(noise, 7)
+
+
+def test_batches_have_the_shapes_and_types_promised(reference):
+    for batch in reference:
+        assert batch["image"].shape == (8, 12, 8, 3)
+        assert (batch["image"].dtype, batch["label"].dtype) == (np.uint8, np.int32)
+        assert batch["label"].shape == (8,)
+        assert type(batch["image"]) is np.ndarray
+
+
+@pytest.mark.parametrize("threads", [0, 1, 5])
+def test_threads_do_not_matter(noise, reference, threads):
+    assert_same(train(noise, 7, threads=threads), reference)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_do_not_matter(noise, reference, workers):
+    assert_same(train(noise, 7, workers=workers), reference)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_share_the_batches_of_one(noise, reference, processes):
+    parts = [
+        train(noise, 7, process_index=i, process_count=processes) for i in range(processes)
+    ]
+    assert_same(joined(parts), reference)
+
+
+def test_workers_and_processes_together_do_not_matter(noise, reference):
+    parts = [train(noise, 7, process_index=i, process_count=2, workers=2) for i in range(2)]
+    assert_same(joined(parts), reference)
+
+
+@pytest.mark.parametrize("first_step", [1, 3, 6])
+def test_resuming_is_exact(noise, reference, first_step):
+    assert_same(train(noise, 7 - first_step, first_step=first_step), reference[first_step:])
+
+
+def test_resuming_with_other_workers_and_processes_is_exact(noise, reference):
+    parts = [
+        train(noise, 3, first_step=4, process_index=i, process_count=2, workers=i)
+        for i in range(2)
+    ]
+    assert_same(joined(parts), reference[4:])
+
+
+def test_resuming_far_away_is_quick_and_reads_nothing_before(noise):
+    reads = []
+
+    class Watched(Numbers):
+        def __getitem__(self, i):
+            reads.append(i)
+            return super().__getitem__(i)
+
+    start = time.monotonic()
+    train(Watched(50), 1, IDENTITY, 1, first_step=10_000_000, prefetch=1, threads=1)
+    assert time.monotonic() - start < 10
+    assert len(reads) <= 24
+
+
+def test_every_epoch_holds_every_example_once_in_an_order_of_its_own():
+    seen = numbers(train(Numbers(30), 9, IDENTITY, 1, batch_size=10))
+    epochs = [tuple(seen[i : i + 30]) for i in range(0, 90, 30)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(30))
+        assert epoch != tuple(range(30))
+    assert len(set(epochs)) == 3
+
+
+def test_batches_run_across_epochs_and_lose_nothing():
+    seen = numbers(train(Numbers(30), 30, IDENTITY, 1, batch_size=7))
+    assert [seen.count(i) for i in range(30)] == [7] * 30  # 210 in all
+
+
+def test_labels_stay_with_their_images():
+    for batch in train(Numbers(30), 5, IDENTITY, 1):
+        np.testing.assert_array_equal(batch["image"].ravel() % 10, batch["label"])
+
+
+def test_a_data_set_smaller_than_a_batch_is_repeated():
+    (batch,) = train(Numbers(3), 1, IDENTITY, 1, batch_size=9)
+    assert sorted(batch["image"].ravel()) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_seeds_change_order_and_augmentation(noise):
+    one, other = (train(noise, 1, seed=seed)[0] for seed in (0, 1))
+    assert (one["label"] != other["label"]).any()
+    single = sources.load(NOISE + "1", "train")
+    one, other = (train(single, 1, seed=seed)[0]["image"] for seed in (0, 1))
+    assert (one != other).any()
+    assert (one[0] != one[1]).any()  # each time an example comes it is augmented anew
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 37])
+def test_evaluation_counts_every_example_once(n, processes):
+    source = Numbers(n)
+    parts = [
+        evaluate(source, process_index=i, process_count=processes) for i in range(processes)
+    ]
+    assert {len(part) for part in parts} == {-(-n // 8)}
+    assert {b["image"].shape for part in parts for b in part} == {(8 // processes, 1, 1, 1)}
+    whole = {
+        k: np.concatenate([b[k] for b in joined(parts)]) for k in ("image", "label", "mask")
+    }
+    assert whole["mask"].dtype == np.float32
+    assert set(whole["mask"]) <= {0, 1}
+    real = whole["mask"] == 1
+    np.testing.assert_array_equal(whole["image"].ravel()[real], np.arange(n))
+    np.testing.assert_array_equal(whole["label"][real], np.arange(n) % 10)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_evaluation_with_workers_is_the_same(noise, workers):
+    assert_same(evaluate(noise, RESIZE, 3, workers=workers), evaluate(noise, RESIZE, 3))
+
+
+def test_an_evaluation_can_be_left_early(noise):
+    for workers in (0, 1):
+        batches = eval_batches(
+            noise, transform=RESIZE, channels=3, batch_size=4, workers=workers
+        )
+        next(batches)
+        batches.close()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_are_as_asked(channels):
+    (batch,) = train(sources.load("digits", "train"), 1, RESIZE, channels)
+    assert batch["image"].shape == (8, 12, 8, channels)
+
+
+@pytest.fixture
+def broken_folder(tmp_path, photo):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(4):
+            photo.save(tmp_path / name / f"{i}.jpg")
+    broken = tmp_path / "b" / "1.jpg"
+    broken.write_bytes(broken.read_bytes()[:1500])
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("run", [train, evaluate])
+def test_a_truncated_image_is_named(broken_folder, workers, run):
+    source = sources.load(f"folder:{broken_folder}", "all")
+    arguments = (source, 9, AUGMENT) if run is train else (source, RESIZE, 3)
+    with pytest.raises(UserError) as caught:
+        run(*arguments, batch_size=4, workers=workers)
+    assert f"image {broken_folder}/b/1.jpg cannot be decoded (" in str(caught.value)
+    assert str(caught.value).endswith("repair or remove it.")
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_out_of_range_are_named(label):
+    source = Numbers(5)
+    source.labels[2] = label
+    with pytest.raises(
+        UserError, match=rf"numbers\[2\] has label {label}, but the classes are"
+    ):
+        evaluate(source)
+    with pytest.raises(
+        UserError, match=rf"numbers\[2\] has label {label}, but the classes are"
+    ):
+        train(source, 1, IDENTITY, 1)
+
+
+@pytest.mark.parametrize("run", [lambda s, **o: train(s, 1, **o), evaluate])
+def test_sizes_that_do_not_fit_are_explained(run):
+    with pytest.raises(UserError, match="batch size 8 cannot be shared equally by 3 process"):
+        run(Numbers(5), process_count=3)
+    with pytest.raises(UserError, match="batch size 0 cannot"):
+        run(Numbers(5), batch_size=0)
+    with pytest.raises(UserError, match="the data source holds no examples"):
+        run(Numbers(0))
+
+
+def test_a_negative_seed_is_explained():
+    with pytest.raises(UserError, match="seed -1 is out of range"):
+        train(Numbers(5), 1, seed=-1)
+
+
+def test_random_transforms_are_refused_in_evaluation(noise):
+    with pytest.raises(UserError, match="inception_crop is random"):
+        evaluate(noise, AUGMENT, 3)
+
+
+def test_images_of_many_sizes_and_modes_make_one_batch(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i, mode in enumerate(["RGB", "L", "1", "P", "CMYK"]):
+        Image.new(mode, (5 + i, 9 - i)).save(tmp_path / "a" / f"{i}.tif")
+    source = sources.load(f"folder:{tmp_path}", "all")
+    (batch,) = evaluate(source, RESIZE, 3)
+    assert batch["mask"].sum() == 5
+
+
+SCRIPT = """
+from vit_jax.data import pipeline, preprocess, sources
+
+if __name__ == "__main__":
+    kept = []
+    for workers in (0, 1):
+        batches = pipeline.train_batches(
+            sources.load("synthetic:64x64x3", "train"), channels=3, batch_size=64, seed=0,
+            transform=preprocess.parse_transform("resize", (64, 64)), workers=workers)
+        kept += [batches, next(batches), next(batches)]
+        if {close}:
+            batches.close()
+    print(kept[2]["image"].sum() == kept[5]["image"].sum())
+"""
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_nothing_is_left_behind_and_nothing_said(tmp_path, close):
+    """No leaked shared memory, no warning, no traceback at exit, closed or not."""
+    (tmp_path / "script.py").write_text(SCRIPT.format(close=close))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    before = set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "script.py"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+    if before:
+        assert not [name for name in set(os.listdir("/dev/shm")) - before if "psm" in name]

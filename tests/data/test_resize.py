@@ -1,0 +1,73 @@
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data.resize import METHODS, resize
+
+SIZES = [(224, 224), (100, 333), (600, 700), (97, 31), (427, 640), (1, 1)]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", SIZES)
+def test_bilinear_is_that_of_tensorflow(photos, size, mode):
+    """Half-pixel centres, no antialiasing: what jax.image does with antialias=False."""
+    for photo in photos:
+        before = np.asarray(photo.convert(mode), np.float32)
+        exact = jax.image.resize(
+            before, (*size, *before.shape[2:]), "bilinear", antialias=False
+        )
+        got = np.asarray(resize(photo.convert(mode), size, "bilinear")).astype(float)
+        assert np.abs(got - np.rint(exact)).max() <= 1
+        assert abs((got - exact).mean()) <= 0.02 or got.size < 1000
+
+
+def area_weights(before, after):
+    """The share of every old pixel in every new one."""
+    low, high = np.arange(after) * before / after, (np.arange(after) + 1) * before / after
+    old = np.arange(before)
+    covered = np.minimum(high[:, None], old + 1) - np.maximum(low[:, None], old)
+    return np.maximum(covered, 0) * after / before
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_area_is_the_mean_over_the_area_covered(photos, size):
+    before = np.asarray(photos[0], float)
+    rows, columns = (
+        area_weights(*lengths) for lengths in zip(before.shape, size, strict=False)
+    )
+    exact = np.einsum("ah,hwc,bw->abc", rows, before, columns, optimize=True)
+    got = np.asarray(resize(photos[0], size, "area")).astype(float)
+    assert np.abs(got - exact).max() < 0.501
+
+
+@pytest.mark.parametrize(("method", "name"), [("bicubic", "cubic"), ("lanczos", "lanczos3")])
+def test_antialiased_methods_agree_with_jax(photos, method, name):
+    # Half the contrast: else Pillow, which works in 8 bits, clips overshoots after rows.
+    soft = photos[1].point([64 + x // 2 for x in range(256)] * 3)
+    before = np.asarray(soft, np.float32)
+    exact = jax.image.resize(before, (224, 200, 3), name, antialias=True)
+    got = np.asarray(resize(soft, (224, 200), method)).astype(float)
+    assert np.abs(got - np.rint(exact)).max() <= 2
+    assert abs((got - exact).mean()) < 0.02
+
+
+def test_reducing_needs_antialiasing_to_average():
+    """What tells the two bilinear methods apart: fine stripes vanish or alias."""
+    stripes = Image.fromarray(np.tile(np.uint8([0, 0, 0, 240]), (64, 16)))
+    smooth = np.asarray(resize(stripes, (16, 16), "bilinear_antialias"))
+    aliased = np.asarray(resize(stripes, (16, 16), "bilinear"))
+    assert abs(int(smooth[8, 8]) - 60) < 12
+    assert aliased[8, 8] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_same_size_changes_nothing(photo, method):
+    assert resize(photo, (photo.height, photo.width), method).tobytes() == photo.tobytes()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_mode_stays_and_size_is_height_by_width(photo, method, mode):
+    out = resize(photo.convert(mode), (31, 57), method)
+    assert (out.mode, out.height, out.width) == (mode, 31, 57)
