@@ -13,9 +13,9 @@ from vit_jax import config as base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.image_size = (8, 8)
-    config.batch_size = 128
+    config.batch_size = 64
     config.eval_batch_size = 360
-    base.set_duration(config, "total", epochs=100)
+    base.set_duration(config, "total", epochs=80)
     base.set_duration(config, "eval_every", epochs=10)
     base.set_duration(config, "checkpoint_every", epochs=10)
 
@@ -24,7 +24,8 @@ def get_config() -> ConfigDict:
     config.model.width = 64
     config.model.mlp_dim = 256
     config.model.num_heads = 4
-    config.model.dropout = 0.1
+    config.model.pool = "gap"
+    config.model.posemb = "sincos2d"
 
     config.data.source = "digits"
     config.data.eval_split = "test"

@@ -166,12 +166,6 @@ def build(config: ConfigDict) -> Run:
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     source = experiment.open_source(config, config.data.train_split)
     eval_source = experiment.open_source(config, config.data.eval_split)
-    if eval_source.class_names != source.class_names:
-        raise UserError(
-            f"data.train_split={config.data.train_split!r} and data.eval_split="
-            f"{config.data.eval_split!r} of {config.data.source} have different classes: make "
-            f"their class folders the same"
-        )
     num_classes = len(source.class_names)
     plan = make_plan(config, len(source))
     objective = experiment.build_objective(config, num_classes)
@@ -245,7 +239,7 @@ def recorded_evaluation(log: MetricWriter, step: int) -> Metrics | None:
     """The evaluation that the log holds for `step`, if any."""
     for record in reversed(log.records):
         if record["step"] == step and "eval/accuracy" in record:
-            return record
+            return {name: value for name, value in record.items() if name != "step"}
     return None
 
 
@@ -268,18 +262,23 @@ def loop(
     """
     plan, first_step = run.plan, int(state.step)
     reporter = Reporter(log, plan, run.config.batch_size, workdir)
-    result = recorded_evaluation(log, first_step)
+
+    def keep_if_best(step: int, metrics: Metrics) -> None:
+        card = {**run.card, "metrics": metrics}
+        checkpoints.save_if_best(step, state.eval_params, card, metrics["eval/accuracy"])
 
     def evaluate_now(step: int) -> Metrics | None:
         metrics = evaluate_state(run, state, stop)
         if metrics is not None:
             log.write(step, metrics)
-            card = {**run.card, "metrics": metrics}
-            checkpoints.save_if_best(step, state.eval_params, card, metrics["eval/accuracy"])
+            keep_if_best(step, metrics)
         reporter.restart_clock()
         return metrics
 
-    if first_step and result is None and plan.due(first_step, plan.eval_every):
+    result = recorded_evaluation(log, first_step)
+    if result is not None:
+        keep_if_best(first_step, result)  # in case the run ended while that was being written
+    elif first_step and plan.due(first_step, plan.eval_every):
         result = evaluate_now(first_step)
 
     batches = pipeline.train_batches(run.source, first_step=first_step, **run.train_reading)

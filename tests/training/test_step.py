@@ -43,6 +43,10 @@ def batch(size=16, seed=0):
     }
 
 
+def fresh(goal, ema=False):
+    return jax.jit(lambda: init_state(goal, OPTIMIZER, 0, ema))()
+
+
 def curve(devices=1, steps=6, accumulation=1, **fields):
     """Losses and final parameters (layers unstacked) of a few steps on so many devices."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
@@ -76,7 +80,7 @@ def curve(devices=1, steps=6, accumulation=1, **fields):
 def test_no_switch_changes_the_loss_curve(switches):
     losses, params = curve()
     other_losses, other_params = curve(**switches)
-    assert losses[-1] < losses[0]
+    assert len(set(losses)) == len(losses)  # it moves
     np.testing.assert_allclose(other_losses, losses, rtol=2e-6)
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
     jax.tree.map(close, other_params, params)
@@ -93,14 +97,15 @@ def test_each_micro_batch_draws_its_own_dropout():
 
     class Spy(Classification):
         def loss(self, params, extra, batch, key, train):
-            jax.debug.callback(lambda key: seen.append(tuple(key)), jax.random.key_data(key))
+            record = lambda key: seen.append(tuple(map(int, key)))
+            jax.debug.callback(record, jax.random.key_data(key))
             return super().loss(params, extra, batch, key, train)
 
     goal = Spy(objective(dropout=0.5).model)
     step = jax.jit(
         make_train_step(goal, OPTIMIZER, lambda s: 0.01, ASIS, seed=0, accumulation=4)
     )
-    state, _ = step(init_state(goal, OPTIMIZER, 0, False), batch())
+    state, _ = step(fresh(goal), batch())
     step(state, batch())
     jax.effects_barrier()
     assert len(seen) == 8
@@ -112,7 +117,8 @@ def test_a_step_is_a_function_of_seed_and_step_alone():
     make = lambda seed: jax.jit(
         make_train_step(goal, OPTIMIZER, lambda s: 0.01, ASIS, seed=seed)
     )
-    state = init_state(goal, OPTIMIZER, 0, False)
+    state = fresh(goal)
+    state, _ = make(0)(state, batch())  # past the zero head, which hides everything
     a, b = make(0)(state, batch())[1], make(0)(state, batch())[1]
     jax.tree.map(np.testing.assert_array_equal, a, b)
     later = state.replace(step=state.step + 1)
@@ -125,7 +131,7 @@ def test_ema_is_the_exponential_moving_average_of_the_weights():
     step = jax.jit(
         make_train_step(goal, OPTIMIZER, lambda s: 0.01, ASIS, seed=0, ema_decay=0.9)
     )
-    state = init_state(goal, OPTIMIZER, 0, True)
+    state = fresh(goal, ema=True)
     state = state.replace(params=jax.tree.map(lambda x: x + 0.1, state.params))
     expected = jax.device_get(state.ema)
     for i in range(3):
@@ -135,25 +141,23 @@ def test_ema_is_the_exponential_moving_average_of_the_weights():
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6)
     jax.tree.map(close, state.ema, expected)
     assert state.eval_params is state.ema
-    assert init_state(goal, OPTIMIZER, 0, False).eval_params is not None
+    assert fresh(goal).eval_params is not None
 
 
 def test_metrics_are_those_of_the_whole_batch():
     goal = objective()
-    state = init_state(goal, OPTIMIZER, 0, False)
-    _, metrics = make_train_step(goal, OPTIMIZER, lambda s: 0.01 * (s + 1), ASIS, seed=0)(
-        state, batch()
-    )
+    state = fresh(goal)
+    schedule = lambda step: 0.01 * (step + 1)
+    step = jax.jit(make_train_step(goal, OPTIMIZER, schedule, ASIS, seed=0))
+    _, metrics = step(state, batch())
     assert float(metrics["train/loss"]) == pytest.approx(np.log(4), rel=1e-5)  # zero head
     assert float(metrics["lr"]) == pytest.approx(0.01)
-    sums = make_eval_step(goal, ASIS)(state.params, {}, batch())
+    sums = jax.jit(make_eval_step(goal, ASIS))(state.params, {}, batch())
     assert float(sums["accuracy"][0]) / 16 == float(metrics["train/accuracy"])
     grads = jax.grad(lambda p: goal.loss(p, {}, batch(), jax.random.key(0), True)[0])(
         state.params
     )
-    assert float(metrics["grad_norm"]) == pytest.approx(
-        float(optax.tree.norm(grads)), rel=1e-5
-    )
+    assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
 
 
 def test_a_batch_that_devices_do_not_divide_is_refused():

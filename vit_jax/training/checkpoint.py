@@ -19,17 +19,22 @@ from vit_jax.errors import UserError
 Card = dict[str, Any]
 
 
-def _manager(directory: Path, keep: int | None) -> ocp.CheckpointManager:
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    handlers = {
-        "state": ocp.PyTreeCheckpointHandler(),
-        "card": ocp.JsonCheckpointHandler(),
-    }
-    return ocp.CheckpointManager(
-        directory.absolute(),
-        options=options,
-        item_handlers=handlers,
-    )
+def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+    """For the one process that trains: it also clears away what a crash left half written."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return _with_handlers(directory, options)
+
+
+def _reader(directory: Path) -> ocp.CheckpointManager:
+    """For everybody else, perhaps while training goes on: it changes nothing on disk."""
+    return _with_handlers(directory, ocp.CheckpointManagerOptions(read_only=True))
+
+
+def _with_handlers(
+    directory: Path, options: ocp.CheckpointManagerOptions
+) -> ocp.CheckpointManager:
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "card": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, target: Any) -> Any:
@@ -104,6 +109,8 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, card: Card) -> None:
         """Starts writing; returns as soon as `state` may be changed again."""
+        # Whoever resumes from this step relies on every earlier best one being there.
+        self._best.wait_until_finished()
         if step not in self._last.all_steps():
             self._write(self._last, step, state, card)
 
@@ -135,7 +142,7 @@ def _open(workdir: Path, which: str) -> tuple[ocp.CheckpointManager, int]:
         raise UserError(
             f"{workdir} has no {directory.name}/ folder: pass the --workdir of a training run"
         )
-    manager = _manager(directory, None)
+    manager = _reader(directory)
     steps = sorted(manager.all_steps())
     if which in ("last", "best") and steps:
         return manager, steps[-1]

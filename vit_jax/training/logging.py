@@ -42,7 +42,12 @@ class MetricWriter:
         temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         os.replace(temporary, path)
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+        # The suffix keeps a quick restart from overwriting the file of the same second.
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=first_step + 1,
+            filename_suffix=f".{first_step}",
+        )
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,

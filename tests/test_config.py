@@ -1,0 +1,104 @@
+import json
+
+import pytest
+from ml_collections import ConfigDict
+
+from vit_jax import config as configuration
+from vit_jax.config import get_config, set_duration, steps
+from vit_jax.errors import UserError
+
+
+def test_a_misspelt_field_is_refused():
+    config = get_config()
+    with pytest.raises(AttributeError, match='Did you mean "depth" instead of "dpeth"'):
+        config.model.dpeth = 3
+
+
+def test_a_value_of_the_wrong_type_is_refused():
+    with pytest.raises(TypeError):
+        get_config().batch_size = "many"
+
+
+@pytest.mark.parametrize(
+    ("unit", "value", "expected"),
+    [("steps", 300, 300), ("epochs", 2.5, 25), ("examples", 640, 5), ("epochs", 0, 0)],
+)
+def test_durations_in_three_units(unit, value, expected):
+    config = get_config()
+    set_duration(config, "total", **{unit: value})
+    assert steps(config, "total", examples=1280, batch_size=128) == expected
+
+
+def test_exactly_one_unit_must_be_set():
+    config = get_config()
+    with pytest.raises(UserError, match=r"of total_steps, total_epochs .* 0 are set: set one"):
+        steps(config, "total", 10, 1)
+    config.total_steps = 1.0
+    config.total_epochs = 1.0
+    with pytest.raises(UserError, match="2 are set"):
+        steps(config, "total", 10, 1)
+    set_duration(config, "total", examples=-1)
+    with pytest.raises(UserError, match=r"total_examples is -1\.0: it cannot be negative"):
+        steps(config, "total", 10, 1)
+    with pytest.raises(UserError, match="total has no unit hours"):
+        set_duration(config, "total", hours=1)
+
+
+def test_the_unit_on_the_command_line_replaces_the_one_in_the_file():
+    config = get_config()
+    set_duration(config, "total", epochs=90)
+    config.total_steps = 10.0  # as an override sets it
+    config.optimizer.warmup_epochs = 1.0
+    overridden = ["total_steps", "optimizer.warmup_epochs", "optimizer.lr", "model.variant"]
+    configuration.prefer_overrides(config, overridden)
+    assert (config.total_steps, config.total_epochs) == (10.0, None)
+    assert (config.optimizer.warmup_steps, config.optimizer.warmup_epochs) == (None, 1.0)
+    config.total_epochs = 2.0
+    configuration.prefer_overrides(config, ["total_steps", "total_epochs"])
+    with pytest.raises(UserError, match="2 are set"):  # both on the command line
+        steps(config, "total", 10, 1)
+
+
+def test_storing_and_loading_changes_nothing():
+    config = get_config()
+    config.model.representation_size = 768
+    config.image_size = (28, 56)
+    set_duration(config, "total", epochs=3)
+    stored = json.loads(json.dumps(configuration.to_dict(config)))
+    again = configuration.from_dict(stored)
+    assert again.to_dict() == config.to_dict()
+    assert again.image_size == (28, 56)
+
+
+def test_a_stored_field_that_no_longer_exists_is_named():
+    stored = configuration.to_dict(get_config())
+    stored["model"]["convolutions"] = 3
+    with pytest.raises(UserError, match=r"has a field model\.convolutions"):
+        configuration.from_dict(stored)
+
+
+def test_resuming_with_another_model_or_optimizer_is_refused_by_field():
+    stored = configuration.to_dict(get_config())
+    config = get_config()
+    configuration.check_resumable(stored, config, "runs/x")
+    config.eval_batch_size = 7  # how it is reported may change
+    config.data.workers = 3
+    set_duration(config, "log_every", steps=1)
+    configuration.check_resumable(stored, config, "runs/x")
+    config.optimizer.b2 = 0.95
+    message = r"runs/x was trained with optimizer\.b2=0\.999, not 0\.95: set it back"
+    with pytest.raises(UserError, match=message):
+        configuration.check_resumable(stored, config, "runs/x")
+
+
+def test_operational_fields_exist():
+    names = configuration.flatten(get_config().to_dict())
+    for field in configuration.OPERATIONAL:
+        assert any(name.startswith(field) for name in names), field
+
+
+def test_every_default_stands_in_one_place():
+    """`get_config` returns a fresh object: changing one changes no other."""
+    get_config().model.variant = "L/32"
+    assert get_config().model.variant == "B/16"
+    assert isinstance(get_config(), ConfigDict)

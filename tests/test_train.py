@@ -1,0 +1,235 @@
+"""The trainer as a whole: resume, signals, evaluation, refusal of what cannot be right."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.tiny_config import LONG, TOTAL, tiny
+from vit_jax import config as configuration
+from vit_jax import train as trainer
+from vit_jax.errors import UserError
+from vit_jax.training import sharding
+from vit_jax.training.checkpoint import Checkpoints, abstract
+from vit_jax.training.logging import read_metrics
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny_config.py"
+
+
+def final_state(workdir):
+    """Every array of the last checkpoint."""
+    run = trainer.build(tiny())
+    target = abstract(jax.eval_shape(run.init), sharding.replicated(run.mesh))
+    with Checkpoints(workdir, 2) as checkpoints:
+        return jax.device_get(checkpoints.restore(target))
+
+
+def metrics(workdir):
+    """What was logged, without the one number that depends on the clock."""
+    records = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if k != "images_per_second"} for r in records]
+
+
+def assert_same_run(workdir, reference):
+    assert metrics(workdir) == metrics(reference)
+    found, expected = final_state(workdir), final_state(reference)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    best = [sorted(p.name for p in (d / "best").iterdir()) for d in (workdir, reference)]
+    assert best[0] == best[1]
+
+
+# --- In one process -----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished")
+    result = trainer.train(tiny(), workdir)
+    return workdir, result
+
+
+def test_a_run_leaves_everything_it_promises(finished):
+    workdir, result = finished
+    records = metrics(workdir)
+    assert [r["step"] for r in records if "train/loss" in r] == list(range(1, TOTAL + 1))
+    evaluations = [r for r in records if "eval/accuracy" in r]
+    assert [r["step"] for r in evaluations] == [8, 16, 24]
+    assert {r["eval/count"] for r in evaluations} == {360}
+    assert evaluations[-1] == {"step": TOTAL, **result}
+    assert all(r["lr"] >= 0 and r["grad_norm"] > 0 for r in records if "lr" in r)
+    checkpoints = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert checkpoints == [20, 24]
+    assert len(list((workdir / "best").iterdir())) == 1
+    assert list((workdir / "tensorboard").iterdir())
+    assert json.loads((workdir / "config.json").read_text())["model"]["variant"] == "mu/4"
+    speeds = [r for r in read_metrics(workdir / "metrics.jsonl") if "images_per_second" in r]
+    assert len(speeds) == TOTAL
+
+
+def test_running_again_when_complete_changes_nothing(finished, capsys):
+    workdir, result = finished
+    before = metrics(workdir)
+    assert trainer.train(tiny(), workdir) == result
+    assert metrics(workdir) == before
+    assert "already complete" in capsys.readouterr().out
+
+
+def test_evaluation_counts_every_example_once_whatever_the_batch_size(finished):
+    workdir, result = finished
+    run = trainer.build(tiny(eval_batch_size=44))
+    state = final_state(workdir)
+    stop = trainer.StopSignal()
+    other = trainer.evaluate_state(run, state, stop)
+    assert other["eval/count"] == 360
+    assert other["eval/accuracy"] == result["eval/accuracy"]
+    assert other["eval/loss"] == pytest.approx(result["eval/loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("stop_at", [3, 8, 13])
+def test_stopping_by_signal_and_resuming_is_bit_identical(
+    finished, tmp_path, monkeypatch, stop_at
+):
+    """The signal comes within a step, or (at 8) in the middle of an evaluation."""
+    original, steps = sharding.put_batch, 0
+
+    def put_and_interrupt(batch, mesh):
+        nonlocal steps
+        is_training = "mask" not in batch
+        steps += is_training
+        if steps == stop_at and is_training == (stop_at != 8):
+            os.kill(os.getpid(), random.choice([signal.SIGTERM, signal.SIGINT]))
+        return original(batch, mesh)
+
+    monkeypatch.setattr(sharding, "put_batch", put_and_interrupt)
+    trainer.train(tiny(), tmp_path)
+    monkeypatch.undo()
+    assert int(final_state(tmp_path).step) == stop_at
+    trainer.train(tiny(), tmp_path)
+    assert_same_run(tmp_path, finished[0])
+
+
+def test_a_damaged_last_checkpoint_costs_only_the_steps_since_the_one_before(
+    finished, tmp_path, capsys
+):
+    short = tiny()
+    trainer.train(short, tmp_path)
+    for path in (tmp_path / "checkpoints" / str(TOTAL)).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    trainer.train(short, tmp_path)
+    assert "falling back" in capsys.readouterr().err
+    assert_same_run(tmp_path, finished[0])
+
+
+def test_another_configuration_is_refused_and_nothing_is_touched(finished):
+    workdir, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()}
+    config = tiny()
+    config.model.dropout = 0.3
+    with pytest.raises(UserError, match=r"was trained with model\.dropout=0\.2, not 0\.3"):
+        trainer.train(config, workdir)
+    assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*") if p.is_file()} == before
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_spares_the_checkpoint(tmp_path):
+    config = tiny()
+    config.optimizer.update({"lr": 1e30, "clip_norm": 0.0, "name": "sgd"})
+    configuration.set_duration(config.optimizer, "warmup", steps=12)
+    configuration.set_duration(config, "checkpoint_every", steps=1)
+    with pytest.raises(
+        UserError, match=r"is (nan|inf) at step \d+: the last good checkpoint"
+    ) as e:
+        trainer.train(config, tmp_path)
+    step = int(str(e.value).split("at step ")[1].split(":")[0])
+    saved = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert saved[-1] == step - 1
+    with pytest.raises(UserError, match=f"at step {step}"):  # the same again after a resume
+        trainer.train(config, tmp_path)
+    assert all(np.isfinite(r["train/loss"]) for r in metrics(tmp_path))
+
+
+def test_no_steps_is_an_error():
+    config = tiny()
+    configuration.set_duration(config, "total", epochs=0)
+    with pytest.raises(UserError, match="the length of training is 0 steps"):
+        trainer.build(config)
+
+
+def test_the_loop_neither_recompiles_nor_moves_data_by_accident(tmp_path):
+    run = trainer.build(tiny())
+    state = jax.jit(run.init, out_shardings=sharding.replicated(run.mesh))()
+    batches = trainer.pipeline.train_batches(run.source, **run.train_reading)
+    with batches:
+        for _ in range(4):
+            batch = sharding.put_batch(next(batches), run.mesh)
+            with jax.transfer_guard("disallow"):
+                state, _ = run.train_step(state, batch)
+    assert run.train_step._cache_size() == 1
+
+
+# --- In processes of their own, killed for real -------------------------------------------
+
+
+def command(workdir, *extra):
+    return [
+        sys.executable,
+        "-m",
+        "vit_jax.train",
+        f"--config={TINY}",
+        f"--workdir={workdir}",
+        *extra,
+    ]
+
+
+def environment():
+    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+
+
+def start(workdir):
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(workdir), env=environment(), stdout=pipe, stderr=pipe)
+
+
+def wait_for_step(workdir, step, process):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        records = read_metrics(Path(workdir) / "metrics.jsonl")
+        if records and records[-1]["step"] >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed")
+    subprocess.run(command(workdir), env=environment(), check=True, capture_output=True)
+    return workdir
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_killed_at_three_random_steps_the_end_is_bit_identical(undisturbed, tmp_path, kill):
+    steps = sorted(random.sample(range(6, LONG - 5), 3))
+    for step in steps:
+        process = start(tmp_path)
+        wait_for_step(tmp_path, step, process)
+        process.send_signal(kill)
+        output, errors = process.communicate(timeout=60)
+        if kill == signal.SIGTERM:
+            assert process.returncode == 0, errors
+            assert b"stopped by a signal" in output
+        assert b"Traceback" not in errors, errors
+    subprocess.run(command(tmp_path), env=environment(), check=True, capture_output=True)
+    assert_same_run(tmp_path, undisturbed)
