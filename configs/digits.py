@@ -3,6 +3,9 @@
 The smallest complete run of everything here; needs no download and no accelerator.
 
   python -m vit_jax.train --config=configs/digits.py --workdir=runs/digits
+
+Cost and expected accuracy on the held-out 20%: under a minute on two cores, at least 97%
+(measured values: docs/results.md).
 """
 
 from ml_collections import ConfigDict

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
@@ -11,7 +12,7 @@ from vit_jax.errors import UserError
 _CONFIG_ERRORS = (AttributeError, KeyError, TypeError, ValueError, OSError)
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Prints one sentence to stderr and exits with code 1."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(1)
@@ -24,13 +25,18 @@ def parse(argv: Sequence[str]) -> list[str]:
     except UserError as error:
         fail(str(error))
     except _CONFIG_ERRORS as error:
-        message = str(error.args[0] if error.args else error).strip().replace("\n", " ")
-        fail(f"in the --config flags: {message}")
-    raise AssertionError  # `fail` does not return
+        # ml_collections quotes its messages once or twice and breaks them over lines.
+        message = str(error).replace("\\n", " ").replace("\\'", "'").replace("\n", " ")
+        if message[:1] == message[-1:] and message[:1] in ("'", '"'):
+            message = message[1:-1]
+        fail(f"a --config flag cannot be used: {message}")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(positional arguments)`; a UserError becomes one sentence and exit code 1."""
+def run(main: Callable[[list[str]], None], define_flags: Callable[[], None]) -> None:
+    """Runs `main(positional arguments)`; a UserError becomes one sentence and exit code 1.
+
+    Flags are defined here, not when a door is imported, so that a notebook can import two.
+    """
 
     def guarded(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
@@ -43,11 +49,22 @@ def run(main: Callable[[list[str]], None]) -> None:
             print("interrupted", file=sys.stderr)
             sys.exit(130)
 
+    define_flags()
     app.run(guarded, flags_parser=parse)
 
 
-def required(flag: flags.FlagHolder) -> str:
-    """The value of a flag that must be given; says so in one sentence if it is not."""
-    if not flag.value:
-        raise UserError(f"--{flag.name} is missing: run with --help to see what it takes")
-    return flag.value
+def required(name: str) -> Any:
+    """The value of a flag that must be given.
+
+    Raises:
+      UserError: it was not given, or (for --config) its file could not be read.
+    """
+    value = flags.FLAGS[name].value
+    if value is None:
+        raise UserError(f"--{name} is missing: run with --help to see what there is")
+    return value
+
+
+def no_positional(arguments: list[str]) -> None:
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is not a flag: run with --help to see what there is")

@@ -42,25 +42,26 @@ def evaluate_trained(
     return averages
 
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
-_STEP = flags.DEFINE_string("step", "last", "Checkpoint: last, best or a step number.")
-_DATA = flags.DEFINE_string("data", None, "Data source; that of training unless given.")
-_DATA_DIR = flags.DEFINE_string("data_dir", None, "Where tfds: finds prepared data sets.")
-_SPLIT = flags.DEFINE_string("split", None, "Split; that of training unless given.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Examples at a time, over all devices.")
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Work directory of a training run.")
+    flags.DEFINE_string("step", "last", "Checkpoint: last, best or a step number.")
+    flags.DEFINE_string("data", None, "Data source; that of training unless given.")
+    flags.DEFINE_string("data_dir", None, "Where tfds: finds prepared data sets.")
+    flags.DEFINE_string("split", None, "Split; that of training unless given.")
+    flags.DEFINE_integer("batch_size", None, "Examples at a time, over all devices.")
 
 
 def main(positional: list[str]) -> None:
-    if positional:
-        raise UserError(f"{positional[0]!r} is not a flag: run with --help to see them")
-    workdir = Path(cli.required(_WORKDIR))
+    cli.no_positional(positional)
+    given = flags.FLAGS
+    workdir = Path(cli.required("workdir"))
     mesh = sharding.make_mesh()
-    model = trained.load(workdir, _STEP.value, mesh)
+    model = trained.load(workdir, given.step, mesh)
     config = model.config
-    config.data.source = _DATA.value or config.data.source
-    config.data.data_dir = _DATA_DIR.value or config.data.data_dir
-    config.data.eval_split = _SPLIT.value or config.data.eval_split
-    batch_size = config.eval_batch_size if _BATCH_SIZE.value is None else _BATCH_SIZE.value
+    config.data.source = given.data or config.data.source
+    config.data.data_dir = given.data_dir or config.data.data_dir
+    config.data.eval_split = given.split or config.data.eval_split
+    batch_size = config.eval_batch_size if given.batch_size is None else given.batch_size
     sharding.check_batch_size("--batch_size", batch_size, mesh)
     source = experiment.open_source(config, config.data.eval_split)
     if source.class_names != model.class_names:
@@ -90,4 +91,4 @@ def _some(names: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

@@ -109,27 +109,29 @@ def predict(
             yield Prediction(path, [(names[k], float(row[k])) for k in best])
 
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Work directory of a training run.")
-_STEP = flags.DEFINE_string("step", "last", "Checkpoint: last, best or a step number.")
-_TOPK = flags.DEFINE_integer("topk", 5, "How many classes to show.", lower_bound=1)
-_OUTPUT = flags.DEFINE_string("output", None, "Also write the predictions to this JSONL file.")
-_BATCH_SIZE = flags.DEFINE_integer("batch_size", 32, "Images at a time, over all devices.")
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Work directory of a training run.")
+    flags.DEFINE_string("step", "last", "Checkpoint: last, best or a step number.")
+    flags.DEFINE_integer("topk", 5, "How many classes to show.", lower_bound=1)
+    flags.DEFINE_string("output", None, "Also write the predictions to this JSONL file.")
+    flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices.")
 
 
 def main(positional: list[str]) -> None:
-    workdir = Path(cli.required(_WORKDIR))
+    given, workdir = flags.FLAGS, Path(cli.required("workdir"))
     if not positional:
         raise UserError("no image was given: pass image files or folders after the flags")
     mesh = sharding.make_mesh()
-    sharding.check_batch_size("--batch_size", _BATCH_SIZE.value, mesh)
+    batch_size = given.batch_size or 32 * mesh.size
+    sharding.check_batch_size("--batch_size", batch_size, mesh)
     paths = find_images(positional)
-    model = trained.load(workdir, _STEP.value, mesh)
+    model = trained.load(workdir, given.step, mesh)
     failures = 0
     with contextlib.ExitStack() as stack:
         output = None
-        if _OUTPUT.value:
-            output = stack.enter_context(open_output(Path(_OUTPUT.value)))
-        results = predict(model, paths, _TOPK.value, _BATCH_SIZE.value, mesh)
+        if given.output:
+            output = stack.enter_context(open_output(Path(given.output)))
+        results = predict(model, paths, given.topk, batch_size, mesh)
         # Where results scroll by on the terminal they are the progress.
         hidden = True if sys.stdout.isatty() else None
         for result in tqdm(results, total=len(paths), unit="image", disable=hidden):
@@ -155,4 +157,4 @@ def open_output(path: Path) -> Any:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

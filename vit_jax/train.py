@@ -338,17 +338,22 @@ def describe(run: Run, state: TrainState, workdir: Path) -> str:
 
 # --- The door -----------------------------------------------------------------------------
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration: FILE.py[:ARGUMENT].")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where results go; resumes what is there.")
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Configuration: FILE.py[:ARGUMENT].")
+    flags.DEFINE_string("workdir", None, "Where results go; what is there is continued.")
 
 
 def main(positional: list[str]) -> None:
-    if positional:
-        raise UserError(f"{positional[0]!r} is not a flag: run with --help to see them")
-    workdir = Path(cli.required(_WORKDIR))
-    cli.required(_CONFIG)
-    config = _CONFIG.value
-    overridden = config_flags.get_override_values(flags.FLAGS["config"])
+    cli.no_positional(positional)
+    workdir, config = Path(cli.required("workdir")), cli.required("config")
+    flag = flags.FLAGS["config"]
+    try:
+        config.seed  # noqa: B018 - a file that could not be read is reported only when used
+    except OSError as error:
+        path = config_flags.get_config_filename(flag)
+        raise UserError(f"--config={path} cannot be read: check the path") from error
+    overridden = config_flags.get_override_values(flag)
     configuration.prefer_overrides(config, list(overridden))
     result = train(config, workdir)
     if result:
@@ -356,4 +361,4 @@ def main(positional: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, define_flags)

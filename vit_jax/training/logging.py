@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 
@@ -36,6 +35,8 @@ class MetricWriter:
     """
 
     def __init__(self, workdir: Path, first_step: int, total_steps: int):
+        from tensorboardX import SummaryWriter  # here, as it imports torch where there is one
+
         path = workdir / "metrics.jsonl"
         self.records = [r for r in read_metrics(path) if r["step"] <= first_step]
         temporary = path.with_suffix(".jsonl.tmp")

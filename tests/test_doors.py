@@ -1,0 +1,228 @@
+"""The commands as a person runs them: output, files, one-sentence errors, exit codes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.tiny_config import tiny
+from vit_jax import train as trainer
+from vit_jax.training.logging import read_metrics
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "tests" / "tiny_config.py"
+
+
+def run(door, *arguments):
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", f"vit_jax.{door}", *map(str, arguments)]
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("digits")
+    trainer.train(tiny(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two classes of ten pictures, dark and bright, of different sizes and formats."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for name, level in [("bright", 200), ("dark", 40)]:
+        (root / name).mkdir()
+        for i in range(10):
+            pixels = rng.integers(level - 30, level + 30, (20 + i, 30, 3), np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i}.{'jpg' if i % 2 else 'png'}")
+    return root
+
+
+def assert_one_sentence(result, *parts):
+    """Exit code 1, no traceback, nothing but `error: ...` in which all parts occur."""
+    assert result.returncode == 1, result
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: "), result.stderr
+    assert "Traceback" not in result.stderr
+    for part in parts:
+        assert part in last, last
+
+
+# --- evaluate -----------------------------------------------------------------------------
+
+
+def test_evaluate_needs_only_the_work_directory_and_agrees_with_training(workdir):
+    result = run("evaluate", f"--workdir={workdir}")
+    assert result.returncode == 0, result.stderr
+    last = [r for r in read_metrics(workdir / "metrics.jsonl") if "eval/loss" in r][-1]
+    accuracy, count = last["eval/accuracy"], last["eval/count"]
+    assert result.stdout.startswith(f"accuracy {accuracy:.4f}  ")
+    assert f"count {count}  (digits test, step 24)" in result.stdout
+    saved = read_metrics(workdir / "evaluations.jsonl")[-1]
+    assert saved["accuracy"] == accuracy
+    assert saved["loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
+    assert (saved["step"], saved["data"], saved["split"]) == (24, "digits", "test")
+
+
+def test_evaluate_another_split_checkpoint_and_batch_size(workdir):
+    result = run(
+        "evaluate", f"--workdir={workdir}", "--split=train[:77]", "--batch_size=10", "--step=20"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "count 77  (digits train[:77], step 20)" in result.stdout
+
+
+# --- predict ------------------------------------------------------------------------------
+
+
+def test_predict_prints_and_saves_the_classes(workdir, pictures, tmp_path):
+    output = tmp_path / "out.jsonl"
+    result = run("predict", f"--workdir={workdir}", "--topk=3", f"--output={output}", pictures)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert len(lines) == 20
+    assert lines[0].startswith(f"{pictures / 'bright' / '0.png'}: ")
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [len(r["predictions"]) for r in records] == [3] * 20
+    first = records[0]["predictions"]
+    assert {p["class"] for p in first} <= set("0123456789")
+    assert sorted((p["probability"] for p in first), reverse=True) == [
+        p["probability"] for p in first
+    ]
+    shown = f"{first[0]['class']} {100 * first[0]['probability']:.2f}%"
+    assert shown in lines[0]
+
+
+def test_predict_reports_and_skips_what_it_cannot_read(workdir, pictures, tmp_path):
+    for i in (1, 3):
+        shutil.copy(pictures / "dark" / f"{i}.jpg", tmp_path)
+    broken = tmp_path / "1.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    result = run("predict", f"--workdir={workdir}", tmp_path)
+    assert_one_sentence(result, "1 of 2 images could not be read")
+    assert str(broken) in result.stderr
+    assert len(result.stdout.splitlines()) == 1
+
+
+# --- train on a folder of one's own images ------------------------------------------------
+
+
+def test_own_images_from_folder_to_prediction(pictures, tmp_path):
+    fields = {
+        "data.source": f"folder:{pictures}",
+        "data.channels": 3,
+        "data.train_transform": "random_resized_crop|flip",
+        "batch_size": 8,
+        "data.mixup": 0.0,
+        "model.dropout": 0.0,
+        "optimizer.lr": 0.01,
+        "total_steps": 30,
+        "ema_decay": 0.0,
+    }
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    result = run("train", f"--config={TINY}", f"--workdir={tmp_path}", *overrides)
+    assert result.returncode == 0, result.stderr
+    assert "2 classes" in result.stdout
+    result = run("predict", f"--workdir={tmp_path}", "--topk=1", pictures)
+    hits = [
+        line.split(": ")[0].split("/")[-2] in line.split(": ")[1]
+        for line in result.stdout.splitlines()
+    ]
+    assert np.mean(hits) > 0.9
+
+
+def test_a_truncated_image_stops_training_with_its_name(pictures, tmp_path):
+    root = shutil.copytree(pictures, tmp_path / "pictures")
+    broken = root / "dark" / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:300])
+    result = run(
+        "train",
+        f"--config={TINY}",
+        f"--workdir={tmp_path / 'run'}",
+        f"--config.data.source=folder:{root}",
+        "--config.data.train_transform=resize",
+    )
+    assert_one_sentence(result, str(broken))
+
+
+# --- One-sentence errors ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([], ["--workdir is missing"]),
+        (["--workdir=X", "--config=nowhere.py"], ["--config=nowhere.py", "check the path"]),
+        (["--config.model.variant=Q/4"], ["model.variant is 'Q/4'", "the sizes are mu, Ti"]),
+        (["--config.model.dpeth=3"], ['Did you mean "depth"']),
+        (["--config.image_size=(9, 8)"], ["image_size is (9, 8)", "use multiples of 4"]),
+        (["--config.data.source=folder:nowhere"], ["nowhere"]),
+        (["--config.data.source=tfds:nothing"], ["tfds:nothing", "tfds build"]),
+        (["--config.data.source=clouds"], ["clouds", "digits"]),
+        (["--config.data.eval_split=tests"], ["tests", "train"]),
+        (["--config.data.train_transform=flop"], ["flop", "flip"]),
+        (["--config.optimizer.name=lion"], ["optimizer.name is 'lion'", "adam, sgd"]),
+        (["--config.total_steps=1", "--config.total_epochs=1"], ["total_epochs", "set one"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("-") else "",
+)
+def test_train_errors(arguments, parts, tmp_path):
+    if not any(a.startswith("--workdir") for a in arguments) and arguments:
+        arguments = [f"--config={TINY}", f"--workdir={tmp_path / 'run'}", *arguments]
+    assert_one_sentence(run("train", *arguments), *parts)
+
+
+def test_an_empty_class_folder_is_named(pictures, tmp_path):
+    root = shutil.copytree(pictures, tmp_path / "pictures")
+    (root / "empty").mkdir()
+    overrides = [f"--config.data.source=folder:{root}", f"--workdir={tmp_path / 'run'}"]
+    assert_one_sentence(run("train", f"--config={TINY}", *overrides), str(root / "empty"))
+
+
+def test_the_work_directory_of_another_model_is_refused(workdir):
+    result = run("train", f"--config={TINY}", f"--workdir={workdir}", "--config.model.depth=3")
+    assert_one_sentence(result, str(workdir), "model.depth=2, not 3")
+
+
+@pytest.mark.parametrize(
+    ("door", "arguments", "parts"),
+    [
+        ("evaluate", ["--workdir=nowhere"], ["there is no work directory nowhere"]),
+        ("evaluate", ["--workdir=tests"], ["tests has no checkpoints/ folder"]),
+        ("evaluate", ["--workdir=W", "--step=7"], ["has no checkpoint '7': it holds 20, 24"]),
+        ("evaluate", ["--workdir=W", "--data=folder:P"], ["[bright, dark] (2)", "(10)"]),
+        ("predict", ["--workdir=W"], ["no image was given"]),
+        ("predict", ["--workdir=W", "nowhere.jpg"], ["no file or folder nowhere.jpg"]),
+        ("predict", ["--workdir=W", "colabs"], ["colabs holds no images"]),
+    ],
+)
+def test_errors_of_other_doors(door, arguments, parts, workdir, pictures):
+    places = {
+        "--workdir=W": f"--workdir={workdir}",
+        "--data=folder:P": f"--data=folder:{pictures}",
+    }
+    arguments = [places.get(a, a) for a in arguments]
+    if "--data" in " ".join(arguments):
+        arguments.append("--split=val")
+    assert_one_sentence(run(door, *arguments), *parts)
+
+
+def test_help_names_every_flag():
+    result = run("predict", "--help")
+    for flag in ("--workdir", "--step", "--topk", "--output", "--batch_size"):
+        assert flag in result.stdout
+
+
+def test_importing_needs_neither_tensorflow_nor_torch():
+    code = """
+import sys, vit_jax.train, vit_jax.predict, vit_jax.evaluate
+print([m for m in ("tensorflow", "torch", "tensorflow_datasets") if m in sys.modules])
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert out.stdout == "[]\n", out.stderr
