@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
     config.image_size = (8, 8)
     config.batch_size = 64
     config.eval_batch_size = 360
+    config.ema_decay = 0.99
     base.set_duration(config, "total", epochs=80)
     base.set_duration(config, "eval_every", epochs=10)
     base.set_duration(config, "checkpoint_every", epochs=10)
@@ -29,6 +30,7 @@ def get_config() -> ConfigDict:
     config.model.num_heads = 4
     config.model.pool = "gap"
     config.model.posemb = "sincos2d"
+    config.model.stochastic_depth = 0.1
 
     config.data.source = "digits"
     config.data.eval_split = "test"

@@ -299,7 +299,7 @@ def loop(
 
 
 def train(config: ConfigDict, workdir: Path) -> Metrics:
-    """Trains to the end, or until a signal; returns the last evaluation made.
+    """Trains to the end and returns the last evaluation, or {} when stopped by a signal.
 
     Raises:
       UserError: for everything that the person who wrote `config` can mend.
@@ -316,6 +316,7 @@ def train(config: ConfigDict, workdir: Path) -> Metrics:
         result = loop(run, state, checkpoints, workdir, log, stop)
         if stop.requested:
             log.say("stopped by a signal, state saved: run the same command to continue")
+            return {}
     return result
 
 

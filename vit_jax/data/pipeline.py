@@ -5,6 +5,7 @@ processes of the run, and it can be made without making the batches before it. S
 number is all that a checkpoint needs to know of the data.
 """
 
+import signal
 import sys
 import weakref
 from collections.abc import Iterator
@@ -133,7 +134,12 @@ def _iterate(local: Any, size: int, workers: int, threads: int, prefetch: int) -
     _mark_flags_as_parsed()
     batches = local.batch(size).to_iter_dataset(grain.ReadOptions(1, 1))
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
-    return Batches(iter(batches.mp_prefetch(options)))
+    return Batches(iter(batches.mp_prefetch(options, _leave_ctrl_c_to_the_parent)))
+
+
+def _leave_ctrl_c_to_the_parent(worker: int, workers: int) -> None:
+    """A terminal sends Ctrl-C to workers too, but it is the parent that ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _mark_flags_as_parsed() -> None:
