@@ -39,6 +39,6 @@ def get_config() -> ConfigDict:
     config.data.eval_transform = "resize"
 
     config.optimizer.lr = 2e-3
-    config.optimizer.weight_decay = 0.1
+    config.optimizer.weight_decay = 0.5
     base.set_duration(config.optimizer, "warmup", epochs=5)
     return config

@@ -85,6 +85,8 @@ def test_resuming_with_another_model_or_optimizer_is_refused_by_field():
     config.data.workers = 3
     set_duration(config, "log_every", steps=1)
     configuration.check_resumable(stored, config, "runs/x")
+    del stored["ema_decay"]  # as if the field had been added since
+    configuration.check_resumable(stored, config, "runs/x")
     config.optimizer.b2 = 0.95
     message = r"runs/x was trained with optimizer\.b2=0\.999, not 0\.95: set it back"
     with pytest.raises(UserError, match=message):

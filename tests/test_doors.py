@@ -158,6 +158,7 @@ def test_a_truncated_image_stops_training_with_its_name(pictures, tmp_path):
     ("arguments", "parts"),
     [
         ([], ["--workdir is missing"]),
+        (["--workdir=setup.py/run", f"--config={TINY}"], ["setup.py/run cannot be made"]),
         (["--workdir=X", "--config=nowhere.py"], ["--config=nowhere.py", "check the path"]),
         (["--config.model.variant=Q/4"], ["model.variant is 'Q/4'", "the sizes are mu, Ti"]),
         (["--config.model.dpeth=3"], ['Did you mean "depth"']),

@@ -215,7 +215,8 @@ def check_resumable(stored: dict[str, Any], config: ConfigDict, workdir: Any) ->
     Raises:
       UserError: naming the first field that differs and is not merely operational.
     """
-    old, new = flatten(stored), flatten(to_dict(config))
+    # Fields that came later than the run take the default, which does what the run did.
+    old, new = flatten(to_dict(from_dict(stored))), flatten(to_dict(config))
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) != new.get(field) and not field.startswith(OPERATIONAL):
             raise UserError(

@@ -292,7 +292,8 @@ def loop(
             if plan.due(step, plan.eval_every) and not stop.requested:
                 reporter.flush()
                 result = evaluate_now(step)
-            if stop.requested:
+            if stop.requested:  # perhaps only since the check above
+                reporter.flush()
                 checkpoints.save(step, state, run.card)
                 break
     return result or {}
@@ -305,7 +306,12 @@ def train(config: ConfigDict, workdir: Path) -> Metrics:
       UserError: for everything that the person who wrote `config` can mend.
     """
     run = build(config)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the work directory {workdir} cannot be made ({error.strerror}): choose another"
+        ) from error
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
