@@ -13,12 +13,13 @@ from vit_jax.models.variants import decode_variant
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ARGUMENTS = {
+    "digits_finetune": ["pretrain", "finetune", "scratch"],
     "vit_i1k": ["B/16", "L/32"],
     "vit_i21k": ["B/32", "L/16,epochs=30"],
     "vit_s16_i1k": ["90", "300"],
 }
 CASES = [
-    (path.stem, argument, "adam")
+    (path.stem, argument, None)
     for path in sorted(CONFIGS.glob("*.py"))
     for argument in ARGUMENTS.get(path.stem, [None])
 ] + [("digits", None, "sgd")]
@@ -58,9 +59,12 @@ def read():
 @pytest.mark.parametrize(("name", "argument", "optimizer"), CASES)
 def test_each_configuration_trains(name, argument, optimizer, read, tmp_path, monkeypatch):
     config = shrink(load(name, argument))
-    config.optimizer.name = optimizer
+    config.optimizer.name = optimizer or config.optimizer.name
+    if argument == "finetune":
+        config.init_from = str(tmp_path / "before")
+        trainer.train(shrink(load(name, "pretrain")), tmp_path / "before")
     record_reads(config, read, monkeypatch)
-    result = trainer.train(config, tmp_path)
+    result = trainer.train(config, tmp_path / "run")
     assert np.isfinite(result["eval/loss"])
     assert result["eval/count"] == 32
 

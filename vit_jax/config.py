@@ -41,6 +41,8 @@ def get_config() -> ConfigDict:
     config.ema_decay = (
         0.0  # exponential moving average of the weights, used to evaluate; 0: off
     )
+    config.init_from = placeholder(str)  # work directory whose weights to begin with
+    config.init_resize = "corner"  # how to fit its position embeddings: interop/positions.py
     _duration(config, "total")  # length of training
     _duration(config, "log_every", steps=50)
     _duration(config, "eval_every", epochs=1)

@@ -11,6 +11,7 @@ The work directory holds `metrics.jsonl` (one JSON object a line), `tensorboard/
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import signal
@@ -21,16 +22,18 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import vit_jax
-from vit_jax import cli, experiment
+from vit_jax import cli, experiment, trained
 from vit_jax import config as configuration
 from vit_jax.data import pipeline
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
-from vit_jax.models.vit import count_parameters
+from vit_jax.interop.adapt import adapt
+from vit_jax.models.vit import ViTConfig, count_parameters
 from vit_jax.training import sharding
 from vit_jax.training.checkpoint import Card, Checkpoints, abstract
 from vit_jax.training.evaluate import evaluate
@@ -147,6 +150,7 @@ class Run(NamedTuple):
     """Everything about a run that does not change from step to step."""
 
     config: ConfigDict
+    model_config: ViTConfig
     mesh: jax.sharding.Mesh
     source: Source
     eval_source: Source
@@ -183,6 +187,7 @@ def build(config: ConfigDict) -> Run:
     eval_step = make_eval_step(objective, experiment.prepare_for_eval(config))
     return Run(
         config=config,
+        model_config=objective.model.config,
         mesh=mesh,
         source=source,
         eval_source=eval_source,
@@ -204,18 +209,35 @@ def build(config: ConfigDict) -> Run:
 
 
 def begin(run: Run, checkpoints: Checkpoints, workdir: Path) -> TrainState:
-    """Returns the newest readable state, or a fresh one, on every device of the mesh.
+    """Returns the newest readable state, or a first one, on every device of the mesh.
 
     Raises:
-      UserError: the work directory belongs to a run with another configuration.
+      UserError: the work directory belongs to a run with another configuration, or the
+        weights to begin with do not fit.
     """
     if stored := checkpoints.card():
         configuration.check_resumable(stored["config"], run.config, workdir)
     everywhere = sharding.replicated(run.mesh)
     state = checkpoints.restore(abstract(jax.eval_shape(run.init), everywhere))
+    if state is None:
+        state = jax.jit(run.init, out_shardings=everywhere)()
+        if run.config.init_from:
+            state = take_over(state, run)
     text = json.dumps(run.card["config"], indent=2)
     (workdir / "config.json").write_text(text + "\n")
-    return jax.jit(run.init, out_shardings=everywhere)() if state is None else state
+    return state
+
+
+def take_over(state: TrainState, run: Run) -> TrainState:
+    """Puts the trained weights of `config.init_from` in place of the initial ones."""
+    config, everywhere = run.config, sharding.replicated(run.mesh)
+    before = trained.load(Path(config.init_from), "last", run.mesh)
+    old, new = before.model.config, run.model_config
+    params, notes = adapt(before.params, old, state.params, new, config.init_resize)
+    print(f"begins with step {before.step} of {config.init_from}; {'; '.join(notes)}")
+    params = jax.device_put(params, everywhere)
+    ema = jax.tree.map(jnp.copy, params) if state.ema else {}
+    return dataclasses.replace(state, params=params, ema=ema)
 
 
 # --- Evaluate -----------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Other people's weights: reading, writing, and fitting them to a model of ours."""

@@ -1,0 +1,77 @@
+"""Weights of one model as the beginning of another: fine-tuning (2010.11929, section 3.2).
+
+The encoder is taken over, position embeddings are resized to the new grid, the head is new.
+The tanh layer of the pre-training head goes with the head, unless the new model has one of
+the same width.
+"""
+
+from typing import Any
+
+import jax
+
+from vit_jax.errors import UserError
+from vit_jax.interop.positions import resize_params
+from vit_jax.models import vit
+from vit_jax.models.vit import Params, ViTConfig
+
+_NEW = ("head",)  # always from the fresh initialisation
+
+
+def adapt(
+    params: Params, old: ViTConfig, fresh: Params, new: ViTConfig, resize: str = "corner"
+) -> tuple[Params, list[str]]:
+    """Returns parameters for model `new` that begin where those of model `old` ended.
+
+    Args:
+      params: the parameters of `old`.
+      old: what they were trained as.
+      fresh: initial parameters of `new`, which the head is taken from.
+      new: what they shall become.
+      resize: a name of `interop.positions.METHODS`.
+
+    Returns:
+      The parameters, in the layout (scanned or not) of `new`, and sentences about what changed.
+
+    Raises:
+      UserError: arrays are missing, left over or of another shape; all are listed.
+    """
+    notes = ["head: new, zero-initialised"] if "head" in fresh else ["head: none"]
+    params = vit.unstack_layers(params) if old.scan else dict(params)
+    target = vit.unstack_layers(fresh) if new.scan else dict(fresh)
+    if old.grid != new.grid:
+        params = resize_params(params, old, new, resize)
+        how = {"sincos2d": "computed anew", "none": "none"}.get(old.posemb, resize)
+        sizes = " to ".join(f"{rows}x{columns}" for rows, columns in (old.grid, new.grid))
+        notes.append(f"position embeddings: {sizes} ({how})")
+    kept = "pre_logits" in target and old.representation_size == new.representation_size
+    if "pre_logits" in params and not kept:
+        params.pop("pre_logits")
+        notes.append("pre_logits: dropped with the old head")
+    if "pre_logits" in target and not kept:
+        params["pre_logits"] = target["pre_logits"]
+        notes.append("pre_logits: new")
+    params = {name: value for name, value in params.items() if name not in _NEW}
+    params |= {name: target[name] for name in _NEW if name in target}
+    _check(params, target)
+    return (vit.stack_layers(params) if new.scan else params), notes
+
+
+def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
+
+
+def _check(params: Params, target: Params) -> None:
+    found, wanted = _shapes(params), _shapes(target)
+    wrong = [f"{name} is missing" for name in wanted if name not in found]
+    wrong += [f"{name} is left over" for name in found if name not in wanted]
+    wrong += [
+        f"{name} has shape {found[name]}, not {wanted[name]}"
+        for name in wanted
+        if name in found and found[name] != wanted[name]
+    ]
+    if wrong:
+        raise UserError(
+            f"the weights do not fit the model: {'; '.join(sorted(wrong))}: set config.model "
+            f"to what they were trained as"
+        )
