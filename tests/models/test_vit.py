@@ -459,11 +459,13 @@ def test_bfloat16_reaches_every_product_and_returns_float32(scan, pool):
 
 
 def test_bfloat16_stays_near_float32():
-    model, params = small()
-    half = vit.build(dataclasses.replace(model.config, dtype="bfloat16"))
-    full, fast = (m.apply(params, images())[0] for m in (model, half))
+    """At initialisation; a relative error of 2**-9 a product is what the format allows."""
+    cfg = dataclasses.replace(SMALL, width=64, mlp_dim=256, num_classes=0)
+    params = jax.jit(vit.build(cfg).init)(KEY)
+    half = dataclasses.replace(cfg, dtype="bfloat16")
+    full, fast = (vit.build(c).apply(params, images(8))[0] for c in (cfg, half))
     assert fast.dtype == jnp.float32
-    assert 0 < (full - fast).std() < 0.02 * full.std()
+    assert 0 < (full - fast).std() < 0.01 * full.std()
 
 
 # --- Errors -------------------------------------------------------------------------------
