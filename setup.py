@@ -23,6 +23,7 @@ INSTALL_REQUIRES = [
     "optax>=0.2.5",  # optimisers
     "orbax-checkpoint>=0.11.20,<1.0",  # checkpoints; 1.0 moves the API that we use
     "pillow>=10.0",  # image decoding and resizing
+    "pyarrow>=15.0",  # embeddings as Parquet files
     "scikit-learn>=1.3",  # the bundled digits: real data without a download
     "tensorboardX>=2.6.2",  # TensorBoard files without TensorFlow
     "tensorflow-datasets>=4.9.7",  # reads prepared array_record data sets, without TensorFlow

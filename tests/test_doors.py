@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -110,6 +111,48 @@ def test_predict_reports_and_skips_what_it_cannot_read(workdir, pictures, tmp_pa
     assert len(result.stdout.splitlines()) == 1
 
 
+# --- embed --------------------------------------------------------------------------------
+
+
+def test_embed_writes_one_unit_vector_a_row_in_every_format(workdir, pictures, tmp_path):
+    for ending in ("npz", "npy", "parquet"):
+        output = tmp_path / f"out.{ending}"
+        result = run(
+            "embed", f"--workdir={workdir}", f"--output={output}", "--batch_size=8", pictures
+        )
+        assert result.returncode == 0, result.stderr
+        assert f"20 vectors of width 32 in {output}" in result.stdout
+    packed = np.load(tmp_path / "out.npz", allow_pickle=False)
+    vectors, names = packed["embeddings"], list(packed["names"])
+    assert (vectors.shape, vectors.dtype) == ((20, 32), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1.0, rtol=1e-6)
+    assert names == sorted(str(p) for p in pictures.rglob("*.*"))
+    np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), vectors)
+    assert (tmp_path / "out.names.txt").read_text().splitlines() == names
+    table = pyarrow.parquet.read_table(tmp_path / "out.parquet")
+    assert table["name"].to_pylist() == names
+    np.testing.assert_array_equal(np.stack(table["embedding"].to_numpy()), vectors)
+    # Alone in its batch or among others, an image has the same vector.
+    one = tmp_path / "one.npy"
+    run("embed", f"--workdir={workdir}", f"--output={one}", "--batch_size=8", names[13])
+    np.testing.assert_allclose(np.load(one), vectors[13:14], atol=1e-6)
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_embed_leaves_out_what_it_cannot_read(workdir, pictures, tmp_path):
+    folder = shutil.copytree(pictures / "dark", tmp_path / "dark")
+    broken = folder / "3.jpg"
+    broken.write_bytes(broken.read_bytes()[:200])
+    output = tmp_path / "out.npy"
+    result = run("embed", f"--workdir={workdir}", f"--output={output}", folder)
+    assert_one_sentence(result, "1 of 10 images could not be read")
+    assert str(broken) in result.stderr
+    assert np.load(output).shape == (9, 32)
+    names = (tmp_path / "out.names.txt").read_text().splitlines()
+    assert len(names) == 9
+    assert str(broken) not in names
+
+
 # --- train on a folder of one's own images ------------------------------------------------
 
 
@@ -199,6 +242,7 @@ def test_the_work_directory_of_another_model_is_refused(workdir):
         ("evaluate", ["--workdir=W", "--step=7"], ["has no checkpoint '7': it holds 20, 24"]),
         ("evaluate", ["--workdir=W", "--data=folder:P"], ["[bright, dark] (2)", "(10)"]),
         ("predict", ["--workdir=W"], ["no image was given"]),
+        ("embed", ["--workdir=W", "--output=x.csv", "P"], [".npz, .npy, .parquet"]),
         ("predict", ["--workdir=W", "nowhere.jpg"], ["no file or folder nowhere.jpg"]),
         ("predict", ["--workdir=W", "colabs"], ["colabs holds no images"]),
     ],
@@ -207,6 +251,7 @@ def test_errors_of_other_doors(door, arguments, parts, workdir, pictures):
     places = {
         "--workdir=W": f"--workdir={workdir}",
         "--data=folder:P": f"--data=folder:{pictures}",
+        "P": str(pictures),
     }
     arguments = [places.get(a, a) for a in arguments]
     if "--data" in " ".join(arguments):

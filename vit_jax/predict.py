@@ -6,24 +6,20 @@ be read is reported and skipped, and makes the exit code 1.
 """
 
 import contextlib
-import itertools
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import grain
 import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from vit_jax import cli, experiment, trained
-from vit_jax.data import preprocess
-from vit_jax.data.decode import decode
-from vit_jax.data.folder import EXTENSIONS
+from vit_jax import cli, inference, trained
 from vit_jax.errors import UserError
+from vit_jax.inference import Unreadable
 from vit_jax.training import sharding
 
 
@@ -32,79 +28,19 @@ class Prediction(NamedTuple):
     classes: list[tuple[str, float]]  # names with probabilities, most probable first
 
 
-class Unreadable(NamedTuple):
-    path: str
-    reason: str
-
-
-def find_images(paths: list[str]) -> list[str]:
-    """Files as given, folders as the sorted image files in them.
-
-    Raises:
-      UserError: a path does not exist, or a folder holds no image.
-    """
-    found: list[str] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
-            if not inside:
-                raise UserError(f"the folder {path} holds no images: pass a folder that does")
-            found += map(str, inside)
-        elif path.exists():
-            found.append(str(path))
-        else:
-            raise UserError(f"there is no file or folder {path}: check the path")
-    return found
-
-
-def read_images(paths: list[str], config: Any) -> Iterator[np.ndarray | Unreadable]:
-    """Decodes and transforms ahead of the reader, in order; (H, W, C) uint8 each."""
-    size, channels = tuple(config.image_size), config.data.channels
-    transform, shape = (
-        preprocess.parse_transform(config.data.eval_transform, size),
-        (*size, channels),
-    )
-
-    def read(path: str) -> np.ndarray | Unreadable:
-        try:
-            image = transform(decode({"image": path, "name": path}, channels), None)
-            return np.asarray(image).reshape(shape)
-        except UserError as error:
-            return Unreadable(path, str(error))
-
-    options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=500)
-    iterator = iter(grain.MapDataset.source(paths).map(read).to_iter_dataset(options))
-    with contextlib.closing(iterator):
-        yield from iterator
-
-
 def predict(
     model: trained.Trained, paths: list[str], topk: int, batch_size: int, mesh: Any
 ) -> Iterator[Prediction | Unreadable]:
     """Yields one result for each path, in order."""
-    config, names = model.config, model.class_names
-    to_probabilities = jax.nn.sigmoid if config.objective.loss == "sigmoid" else jax.nn.softmax
-    prepare = experiment.prepare_for_eval(config)
-
-    @jax.jit
-    def probabilities(params: Any, images: jax.Array) -> jax.Array:
-        batch = prepare({"image": images}, jax.random.key(0))
-        return to_probabilities(model.model.apply(params, batch["image"])[0])
-
-    def classify(images: list[np.ndarray]) -> np.ndarray:
-        padded = images + [np.zeros_like(images[0])] * (batch_size - len(images))
-        batch = sharding.put_batch({"image": np.stack(padded)}, mesh)
-        return np.asarray(probabilities(model.params, batch["image"]))[: len(images)]
-
-    reader = zip(paths, read_images(paths, config), strict=True)
-    while group := list(itertools.islice(reader, batch_size)):
-        images = [image for _, image in group if not isinstance(image, Unreadable)]
-        rows = iter(classify(images) if images else [])
-        for path, image in group:
-            if isinstance(image, Unreadable):
-                yield image
-                continue
-            row = next(rows)
+    names, loss = model.class_names, model.config.objective.loss
+    to_probabilities = jax.nn.sigmoid if loss == "sigmoid" else jax.nn.softmax
+    rows = inference.apply_to_images(
+        model, lambda logits, out: to_probabilities(logits), paths, batch_size, mesh
+    )
+    for path, row in zip(paths, rows, strict=True):
+        if isinstance(row, Unreadable):
+            yield row
+        else:
             best = np.argsort(-row, kind="stable")[:topk]
             yield Prediction(path, [(names[k], float(row[k])) for k in best])
 
@@ -122,9 +58,8 @@ def main(positional: list[str]) -> None:
     if not positional:
         raise UserError("no image was given: pass image files or folders after the flags")
     mesh = sharding.make_mesh()
-    batch_size = given.batch_size or 32 * mesh.size
-    sharding.check_batch_size("--batch_size", batch_size, mesh)
-    paths = find_images(positional)
+    batch_size = inference.default_batch_size(given.batch_size, mesh)
+    paths = inference.find_images(positional)
     model = trained.load(workdir, given.step, mesh)
     failures = 0
     with contextlib.ExitStack() as stack:

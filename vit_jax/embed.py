@@ -1,0 +1,157 @@
+"""Turns images into vectors.
+
+  python -m vit_jax.embed --workdir=DIR --output=FILE.npz IMAGE_OR_FOLDER ...
+
+Writes the model's representation (what its head sees) of each image as one float32 row of
+length 1, ready for a vector index, together with the file names:
+
+  FILE.npz      arrays `embeddings` (N, D) and `names` (N,)
+  FILE.npy      the (N, D) array, with FILE.names.txt beside it, one name a line
+  FILE.parquet  columns `name` and `embedding`
+
+Rows are written as they are made, so a folder may be larger than memory. An image that cannot
+be read is reported and left out, and makes the exit code 1. The output appears when complete.
+"""
+
+import contextlib
+import os
+import shutil
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from vit_jax import cli, inference, trained
+from vit_jax.errors import UserError
+from vit_jax.inference import Unreadable
+from vit_jax.training import sharding
+
+Row = tuple[str, np.ndarray]  # file name, vector (D,)
+FORMATS = (".npz", ".npy", ".parquet")
+
+
+def normalised(logits: jax.Array, out: dict[str, jax.Array]) -> jax.Array:
+    """The representation before the head, (B, D), each row divided by its length."""
+    vector = out["pre_logits"]
+    return vector / jnp.maximum(jnp.linalg.norm(vector, axis=-1, keepdims=True), 1e-12)
+
+
+def _write_header(file: BinaryIO, rows: int, width: int) -> None:
+    # NumPy pads its header so that the number of rows can grow in place.
+    description = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+    np.lib.format.write_array_header_1_0(file, description)
+
+
+def _write_npy(path: Path, rows: Iterable[Row], width: int) -> list[str]:
+    """Streams vectors into an .npy file, whose header is corrected at the end."""
+    names: list[str] = []
+    with path.open("wb") as file:
+        _write_header(file, 0, width)
+        for name, vector in rows:
+            names.append(name)
+            file.write(vector.astype("<f4").tobytes())
+        file.seek(0)
+        _write_header(file, len(names), width)
+    return names
+
+
+def _write_parquet(path: Path, rows: Iterator[Row], width: int) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = pa.list_(pa.float32(), width)
+    schema = pa.schema([("name", pa.string()), ("embedding", kind)])
+    with pq.ParquetWriter(path, schema) as writer:
+        while group := [row for row, _ in zip(rows, range(1024), strict=False)]:
+            names, vectors = zip(*group, strict=True)
+            flat = pa.array(np.concatenate(vectors).astype(np.float32))
+            table = [pa.array(names), pa.FixedSizeListArray.from_arrays(flat, width)]
+            writer.write_batch(pa.record_batch(table, schema=schema))
+
+
+def write_embeddings(path: Path, rows: Iterator[Row], width: int) -> None:
+    """Writes (name, vector) rows in the format that the ending of `path` names.
+
+    Raises:
+      UserError: the ending is none of `FORMATS`, or the file cannot be written.
+    """
+    if path.suffix not in FORMATS:
+        raise UserError(f"--output={path} has no known ending: use one of {', '.join(FORMATS)}")
+    part = path.with_name(path.name + ".part")
+    names_file = path.with_suffix(".names.txt")
+    try:
+        if path.suffix == ".parquet":
+            _write_parquet(part, rows, width)
+        else:
+            names = _write_npy(part, rows, width)
+            if path.suffix == ".npy":
+                names_file.write_text("".join(f"{name}\n" for name in names))
+            else:
+                _pack(part, names)
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"--output={path} cannot be written: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _pack(npy: Path, names: list[str]) -> None:
+    """Replaces an .npy file by an .npz of it and the names, without reading it whole."""
+    packed = npy.with_name(npy.name + ".zip")
+    with zipfile.ZipFile(packed, "w") as archive:
+        with (
+            npy.open("rb") as source,
+            archive.open("embeddings.npy", "w", force_zip64=True) as to,
+        ):
+            shutil.copyfileobj(source, to, 1 << 20)
+        with archive.open("names.npy", "w") as to:
+            np.lib.format.write_array(to, np.array(names, np.str_))
+    os.replace(packed, npy)
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("workdir", None, "Work directory of a training run.")
+    flags.DEFINE_string("step", "last", "Checkpoint: last, best or a step number.")
+    flags.DEFINE_string("output", None, f"File to write, ending in {', '.join(FORMATS)}.")
+    flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices.")
+
+
+def main(positional: list[str]) -> None:
+    given, workdir = flags.FLAGS, Path(cli.required("workdir"))
+    output = Path(cli.required("output"))
+    if not positional:
+        raise UserError("no image was given: pass image files or folders after the flags")
+    mesh = sharding.make_mesh()
+    batch_size = inference.default_batch_size(given.batch_size, mesh)
+    paths = inference.find_images(positional)
+    model = trained.load(workdir, given.step, mesh)
+    failures: list[Unreadable] = []
+    config = model.model.config
+
+    def rows() -> Iterator[Row]:
+        results = inference.apply_to_images(model, normalised, paths, batch_size, mesh)
+        bar: Any = tqdm(results, total=len(paths), unit="image", disable=None)
+        with contextlib.closing(results):
+            for path, result in zip(paths, bar, strict=True):
+                if isinstance(result, Unreadable):
+                    failures.append(result)
+                    print(f"error: {result.reason}", file=sys.stderr)
+                else:
+                    yield path, result
+
+    width = config.representation_size or config.width
+    write_embeddings(output, rows(), width)
+    print(f"{len(paths) - len(failures)} vectors of width {width} in {output}")
+    if failures:
+        raise UserError(f"{len(failures)} of {len(paths)} images could not be read: see above")
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)

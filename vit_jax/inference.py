@@ -1,0 +1,115 @@
+"""A trained model over any number of image files: decoding overlaps with computing."""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from vit_jax import experiment
+from vit_jax.data import preprocess
+from vit_jax.data.decode import decode
+from vit_jax.data.folder import EXTENSIONS
+from vit_jax.errors import UserError
+from vit_jax.trained import Trained
+from vit_jax.training import sharding
+
+
+class Unreadable(NamedTuple):
+    """An image that could not be decoded, and why, in a sentence."""
+
+    path: str
+    reason: str
+
+
+def find_images(paths: list[str]) -> list[str]:
+    """Files as given, folders as the sorted image files in them, nested ones too.
+
+    Raises:
+      UserError: a path does not exist, or a folder holds no image.
+    """
+    found: list[str] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
+            if not inside:
+                raise UserError(f"the folder {path} holds no images: pass a folder that does")
+            found += map(str, inside)
+        elif path.exists():
+            found.append(str(path))
+        else:
+            raise UserError(f"there is no file or folder {path}: check the path")
+    return found
+
+
+def default_batch_size(given: int | None, mesh: Mesh) -> int:
+    """`given`, checked, or 32 images for each device."""
+    batch_size = 32 * mesh.size if given is None else given
+    sharding.check_batch_size("--batch_size", batch_size, mesh)
+    return batch_size
+
+
+def _read(paths: list[str], config: Any) -> Generator[np.ndarray | Unreadable, None, None]:
+    """Decodes and transforms ahead of the reader, in order; (H, W, C) uint8 each."""
+    size, channels = tuple(config.image_size), config.data.channels
+    transform = preprocess.parse_transform(config.data.eval_transform, size)
+
+    def read(path: str) -> np.ndarray | Unreadable:
+        try:
+            image = transform(decode({"image": path, "name": path}, channels), None)
+            return np.asarray(image).reshape(*size, channels)
+        except UserError as error:
+            return Unreadable(path, str(error))
+
+    options = grain.ReadOptions(num_threads=config.data.threads, prefetch_buffer_size=256)
+    iterator = iter(grain.MapDataset.source(paths).map(read).to_iter_dataset(options))
+    with contextlib.closing(iterator):
+        yield from iterator
+
+
+def apply_to_images(
+    model: Trained,
+    function: Callable[[jax.Array, dict[str, jax.Array]], jax.Array],
+    paths: list[str],
+    batch_size: int,
+    mesh: Mesh,
+) -> Generator[np.ndarray | Unreadable, None, None]:
+    """Yields one row of `function(logits, intermediates)` for each path, in order.
+
+    The next batch is read while the device computes; all batches have one shape, so the
+    program is compiled once. `function` maps (B, K) logits and the model's intermediates to
+    an array with leading axis B.
+    """
+    prepare = experiment.prepare_for_eval(model.config)
+
+    @jax.jit
+    def compute(params: Any, images: jax.Array) -> jax.Array:
+        batch = prepare({"image": images}, jax.random.key(0))
+        return function(*model.model.apply(params, batch["image"]))
+
+    def dispatch(group: list[Any]) -> jax.Array | None:
+        images = [image for image in group if not isinstance(image, Unreadable)]
+        if not images:
+            return None
+        padded = images + [np.zeros_like(images[0])] * (batch_size - len(images))
+        batch = sharding.put_batch({"image": np.stack(padded)}, mesh)
+        return compute(model.params, batch["image"])
+
+    def collect(group: list[Any], result: jax.Array | None) -> Iterator[Any]:
+        rows = iter([] if result is None else np.asarray(result))
+        for image in group:
+            yield image if isinstance(image, Unreadable) else next(rows)
+
+    reader = _read(paths, model.config)
+    with contextlib.closing(reader):
+        before: tuple[list[Any], jax.Array | None] = [], None
+        while group := list(itertools.islice(reader, batch_size)):
+            result = dispatch(group)
+            yield from collect(*before)  # while the device works on the new batch
+            before = group, result
+        yield from collect(*before)
