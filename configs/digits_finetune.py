@@ -10,7 +10,7 @@ with SGD and momentum. `scratch` is the fine-tuning alone, from random weights, 
     --config.init_from=runs/pretrain
   python -m vit_jax.train --config=configs/digits_finetune.py:scratch --workdir=runs/scratch
 
-Cost: about a minute on two cores for the first two. Expected: fine-tuning far ahead of
+Cost: one to two minutes on two cores for the first two. Expected: fine-tuning far ahead of
 scratch at the same number of steps (measured values: docs/results.md).
 """
 

@@ -41,8 +41,8 @@ def get_config() -> ConfigDict:
     config.ema_decay = (
         0.0  # exponential moving average of the weights, used to evaluate; 0: off
     )
-    config.init_from = placeholder(str)  # work directory whose weights to begin with
-    config.init_resize = "corner"  # how to fit its position embeddings: interop/positions.py
+    config.init_from = placeholder(str)  # weights to begin with: see vit_jax/convert.py
+    config.init_resize = placeholder(str)  # of interop/positions.py; None: as their family does
     _duration(config, "total")  # length of training
     _duration(config, "log_every", steps=50)
     _duration(config, "eval_every", epochs=1)

@@ -117,21 +117,20 @@ def _pack(npy: Path, names: list[str]) -> None:
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Work directory of a training run.")
-    flags.DEFINE_string("step", "last", "Checkpoint: last, best or a step number.")
+    trained.define_flags()
     flags.DEFINE_string("output", None, f"File to write, ending in {', '.join(FORMATS)}.")
     flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices.")
 
 
 def main(positional: list[str]) -> None:
-    given, workdir = flags.FLAGS, Path(cli.required("workdir"))
+    given = flags.FLAGS
     output = Path(cli.required("output"))
     if not positional:
         raise UserError("no image was given: pass image files or folders after the flags")
     mesh = sharding.make_mesh()
     batch_size = inference.default_batch_size(given.batch_size, mesh)
     paths = inference.find_images(positional)
-    model = trained.load(workdir, given.step, mesh)
+    model = trained.from_flags(mesh)
     failures: list[Unreadable] = []
     config = model.model.config
 

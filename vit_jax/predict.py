@@ -31,7 +31,13 @@ class Prediction(NamedTuple):
 def predict(
     model: trained.Trained, paths: list[str], topk: int, batch_size: int, mesh: Any
 ) -> Iterator[Prediction | Unreadable]:
-    """Yields one result for each path, in order."""
+    """Yields one result for each path, in order.
+
+    Raises:
+      UserError: the model has no classes.
+    """
+    if not model.class_names:
+        raise UserError("the model has no head to predict with: fine-tune it first")
     names, loss = model.class_names, model.config.objective.loss
     to_probabilities = jax.nn.sigmoid if loss == "sigmoid" else jax.nn.softmax
     rows = inference.apply_to_images(
@@ -46,21 +52,20 @@ def predict(
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "Work directory of a training run.")
-    flags.DEFINE_string("step", "last", "Checkpoint: last, best or a step number.")
+    trained.define_flags()
     flags.DEFINE_integer("topk", 5, "How many classes to show.", lower_bound=1)
     flags.DEFINE_string("output", None, "Also write the predictions to this JSONL file.")
     flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices.")
 
 
 def main(positional: list[str]) -> None:
-    given, workdir = flags.FLAGS, Path(cli.required("workdir"))
+    given = flags.FLAGS
     if not positional:
         raise UserError("no image was given: pass image files or folders after the flags")
     mesh = sharding.make_mesh()
     batch_size = inference.default_batch_size(given.batch_size, mesh)
     paths = inference.find_images(positional)
-    model = trained.load(workdir, given.step, mesh)
+    model = trained.from_flags(mesh)
     failures = 0
     with contextlib.ExitStack() as stack:
         output = None

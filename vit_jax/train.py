@@ -231,10 +231,12 @@ def begin(run: Run, checkpoints: Checkpoints, workdir: Path) -> TrainState:
 def take_over(state: TrainState, run: Run) -> TrainState:
     """Puts the trained weights of `config.init_from` in place of the initial ones."""
     config, everywhere = run.config, sharding.replicated(run.mesh)
-    before = trained.load(Path(config.init_from), "last", run.mesh)
+    before = trained.load_any(config.init_from, "last", run.mesh)
     old, new = before.model.config, run.model_config
-    params, notes = adapt(before.params, old, state.params, new, config.init_resize)
-    print(f"begins with step {before.step} of {config.init_from}; {'; '.join(notes)}")
+    params, notes = adapt(
+        before.params, old, state.params, new, config.init_resize or before.resize
+    )
+    print(f"begins with {config.init_from} ({before.family}); {'; '.join(notes)}")
     params = jax.device_put(params, everywhere)
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
     return dataclasses.replace(state, params=params, ema=ema)

@@ -1,26 +1,77 @@
-"""A trained model, opened from a work directory with nothing else given."""
+"""A trained model, opened with nothing else given: a work directory, or published weights."""
 
+import dataclasses
+import json
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+import vit_jax
 from vit_jax import config as configuration
 from vit_jax import experiment
 from vit_jax.errors import UserError
+from vit_jax.interop import download
+from vit_jax.interop.load import Imported, load_weights, variant_name
 from vit_jax.models.vit import Model, Params
 from vit_jax.training import sharding
-from vit_jax.training.checkpoint import abstract, load_card, load_params
+from vit_jax.training.checkpoint import Checkpoints, abstract, load_card, load_params
 
 
 class Trained(NamedTuple):
+    """Weights and all that is needed to use them.
+
+    Attributes:
+      config: the model and its preprocessing; of one's own runs, the whole configuration.
+      class_names: one for each output; numbers where the file has no names.
+      model: the network.
+      params: its parameters.
+      step: number of updates, 0 where that is not known.
+      family: whose code the weights come from: `vit_jax`, or a name of `interop.families`.
+      resize: how that code resizes position embeddings, of `interop.positions.METHODS`.
+      notes: sentences about what was left out or assumed.
+    """
+
     config: ConfigDict
     class_names: tuple[str, ...]
     model: Model
     params: Params
     step: int
+    family: str = "vit_jax"
+    resize: str = "corner"
+    notes: tuple[str, ...] = ()
+
+
+def define_flags() -> None:
+    """The flags by which every door is told which model to use."""
+    flags.DEFINE_string("workdir", None, "Work directory of a training run.")
+    flags.DEFINE_string(
+        "checkpoint", None, "Instead: a file or folder of weights, or a name like augreg:B_16."
+    )
+    flags.DEFINE_string("step", "last", "Of a work directory: last, best or a step number.")
+
+
+def from_flags(mesh: Mesh) -> Trained:
+    """Opens the model that the flags name.
+
+    Raises:
+      UserError: not exactly one of --workdir and --checkpoint is given, or it cannot be read.
+    """
+    given = flags.FLAGS
+    if bool(given.workdir) == bool(given.checkpoint):
+        raise UserError("pass one of --workdir and --checkpoint: see --help")
+    if given.workdir:
+        return load(Path(given.workdir), given.step, mesh)
+    model = load_any(given.checkpoint, given.step, mesh)
+    for note in model.notes:
+        print(f"note: {note}", file=sys.stderr)
+    return model
 
 
 def load(workdir: Path, which: str, mesh: Mesh) -> Trained:
@@ -42,4 +93,73 @@ def load(workdir: Path, which: str, mesh: Mesh) -> Trained:
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     target = abstract(shapes, sharding.replicated(mesh))
     params = load_params(workdir, which, target)
-    return Trained(config, class_names, model, params, card["step"])
+    family, resize = card.get("family", "vit_jax"), card.get("resize", "corner")
+    return Trained(config, class_names, model, params, card["step"], family, resize)
+
+
+def load_any(name: str, which: str, mesh: Mesh) -> Trained:
+    """Opens a work directory, an export, a file of published weights, or a name of some.
+
+    Args:
+      name: a path, or what `interop.download.resolve` fetches (`augreg:B_16`, `hf:...`).
+      which: of a work directory, as for `load`.
+      mesh: where the weights go.
+
+    Raises:
+      UserError: it cannot be found, fetched, read, or held exactly by our model.
+    """
+    path = download.resolve(name)
+    if path.is_dir() and any((path / part).is_dir() for part in ("checkpoints", "best")):
+        return load(path, which, mesh)
+    return from_imported(load_weights(path), mesh)
+
+
+def from_imported(imported: Imported, mesh: Mesh) -> Trained:
+    """Somebody else's weights, with a configuration that describes them."""
+    cfg, config = imported.cfg, configuration.get_config()
+    config.image_size = cfg.image_size
+    config.data.channels = cfg.channels
+    config.data.value_range = imported.value_range
+    config.data.eval_transform = imported.eval_transform
+    config.init_resize = imported.posemb_resize
+    config.model.variant = variant_name(cfg) or f"mu/{cfg.patch_size}"
+    for field in dataclasses.fields(cfg):
+        if field.name in config.model:
+            config.model[field.name] = getattr(cfg, field.name)
+    names = imported.class_names or tuple(map(str, range(cfg.num_classes)))
+    return Trained(
+        config=config,
+        class_names=names,
+        model=experiment.build_model(config, len(names)),
+        params=jax.device_put(imported.params, sharding.replicated(mesh)),
+        step=0,
+        family=imported.family,
+        resize=imported.posemb_resize,
+        notes=imported.notes,
+    )
+
+
+def export(trained: Trained, folder: Path) -> None:
+    """Writes weights and card to `folder`, which every door can open; atomically.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    part = folder.with_name(folder.name + ".part")
+    card = {
+        "config": {**configuration.to_dict(trained.config), "ema_decay": 0.0},
+        "class_names": list(trained.class_names),
+        "family": trained.family,
+        "resize": trained.resize,
+        "vit_jax": vit_jax.__version__,
+    }
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        with Checkpoints(part, 1) as checkpoints:
+            checkpoints.save_if_best(trained.step, trained.params, card, 0.0)
+        (part / "checkpoints").rmdir()
+        (part / "config.json").write_text(json.dumps(card["config"], indent=2) + "\n")
+        os.replace(part, folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error.strerror}") from error

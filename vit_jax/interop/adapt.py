@@ -5,11 +5,8 @@ The tanh layer of the pre-training head goes with the head, unless the new model
 the same width.
 """
 
-from typing import Any
-
-import jax
-
 from vit_jax.errors import UserError
+from vit_jax.interop.families import flatten
 from vit_jax.interop.positions import resize_params
 from vit_jax.models import vit
 from vit_jax.models.vit import Params, ViTConfig
@@ -56,13 +53,10 @@ def adapt(
     return (vit.stack_layers(params) if new.scan else params), notes
 
 
-def _shapes(params: Any) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return {"/".join(key.key for key in path): leaf.shape for path, leaf in leaves}
-
-
 def _check(params: Params, target: Params) -> None:
-    found, wanted = _shapes(params), _shapes(target)
+    found, wanted = (
+        {name: leaf.shape for name, leaf in flatten(tree).items()} for tree in (params, target)
+    )
     wrong = [f"{name} is missing" for name in wanted if name not in found]
     wrong += [f"{name} is left over" for name in found if name not in wanted]
     wrong += [

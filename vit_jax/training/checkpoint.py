@@ -27,7 +27,9 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
 
 def _reader(directory: Path) -> ocp.CheckpointManager:
     """For everybody else, perhaps while training goes on: it changes nothing on disk."""
-    return _with_handlers(directory, ocp.CheckpointManagerOptions(read_only=True))
+    # Orbax's own `read_only` does the same, with six warnings about it.
+    options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
+    return _with_handlers(directory, options)
 
 
 def _with_handlers(
@@ -137,6 +139,9 @@ class Checkpoints:
 
 
 def _open(workdir: Path, which: str) -> tuple[ocp.CheckpointManager, int]:
+    exported = not (workdir / "checkpoints").is_dir() and (workdir / "best").is_dir()
+    if which == "last" and exported:
+        which = "best"  # an export holds nothing else
     directory = workdir / ("best" if which == "best" else "checkpoints")
     if not directory.is_dir():
         raise UserError(
@@ -180,8 +185,10 @@ def load_params(workdir: Path, which: str, target: Any) -> Any:
     manager, step = _open(workdir, which)
     with manager:
         try:
-            averaged = _read_card(manager, step)["config"]["ema_decay"] and which != "best"
-            name = "ema" if averaged else "params"
+            # Only whole states have both; what `best` holds is named `params` whatever it is.
+            averaged = _read_card(manager, step)["config"]["ema_decay"]
+            whole = Path(manager.directory).name == "checkpoints"
+            name = "ema" if averaged and whole else "params"
             return _restore(manager, step, {name: target})[name]
         except Exception as error:
             raise _unreadable(workdir, step, error) from error

@@ -1,0 +1,342 @@
+"""Models of timm and Hugging Face, saved to disk, read by us: the same numbers come out."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data.preprocess import normalize, parse_transform
+from vit_jax.interop import google, huggingface, timm
+from vit_jax.interop.families import expected_shapes, nest
+from vit_jax.interop.load import load_weights
+from vit_jax.models import vit
+
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch, on import
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers, on import
+]
+torch = pytest.importorskip("torch")
+
+SIZES = [
+    {"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "patch": 8},
+    {"width": 60, "depth": 3, "heads": 5, "mlp_dim": 100, "patch": 4},
+]
+# Square with a round width, oblong with an odd one.
+CASES = pytest.mark.parametrize(
+    ("shape", "image_size"), [(SIZES[0], (32, 32)), (SIZES[1], (16, 40))]
+)
+
+
+def randomize(module):
+    """Random everything, zeros and ones included, so that no array can be mistaken."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        scale = 0.05 if parameter.ndim > 1 else 0.2
+        offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.data = offset + scale * noise
+    return module.eval()
+
+
+def images(size, channels=3):
+    x = np.random.default_rng(0).standard_normal((2, *size, channels)).astype(np.float32)
+    return x, torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+
+
+def assert_close(found, expected):
+    expected = expected.detach().numpy()
+    assert found.shape == expected.shape
+    assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-5
+
+
+def compute(cfg, params, x):
+    return jax.jit(vit.build(cfg).apply)(params, x)
+
+
+def ours(imported, x):
+    return compute(imported.cfg, imported.params, x)
+
+
+def assert_same_state(module, arrays):
+    expected = {name: value.numpy() for name, value in module.state_dict().items()}
+    assert arrays.keys() == expected.keys()
+    for name in arrays:
+        np.testing.assert_array_equal(arrays[name], expected[name], err_msg=name)
+
+
+# ---- timm ----------------------------------------------------------------------------------
+
+
+def timm_model(shape, image_size, **options):
+    library = pytest.importorskip("timm")
+    return randomize(
+        library.models.VisionTransformer(
+            img_size=image_size,
+            patch_size=shape["patch"],
+            embed_dim=shape["width"],
+            depth=shape["depth"],
+            num_heads=shape["heads"],
+            mlp_ratio=shape["mlp_dim"] / shape["width"],
+            **{"num_classes": 7} | options,
+        )
+    )
+
+
+TIMM = {
+    "vit": {},
+    "headless": {"num_classes": 0},
+    "deit3": {"no_embed_class": True, "init_values": 0.1},
+    "dinov2_reg": {
+        "num_classes": 0,
+        "init_values": 0.1,
+        "reg_tokens": 3,
+        "no_embed_class": True,
+    },
+    "registers_with_positions": {"reg_tokens": 3},
+    "gap": {"class_token": False, "global_pool": "avg", "fc_norm": False},
+    "siglip": {"class_token": False, "global_pool": "map"},
+}
+
+
+@CASES
+@pytest.mark.parametrize("kind", TIMM)
+def test_timm_models(tmp_path, kind, shape, image_size):
+    theirs = timm_model(shape, image_size, **TIMM[kind])
+    torch.save({"model": theirs.state_dict()}, tmp_path / "checkpoint")
+    found = load_weights(tmp_path / "checkpoint", image_size, shape["heads"])
+    x, tensor = images(image_size)
+    logits, out = ours(found, x)
+    assert_close(logits, theirs(tensor))
+    assert_close(out["encoded"], theirs.forward_features(tensor))
+    if kind != "registers_with_positions":
+        row = kind not in ("deit3", "dinov2_reg")
+        assert_same_state(theirs, timm.state_dict(found.cfg, found.params, class_row=row))
+
+
+def test_dinos_backbone_out_of_a_training_checkpoint(tmp_path):
+    theirs = timm_model(SIZES[0], (32, 32), num_classes=0)
+    state = {f"module.backbone.{name}": x for name, x in theirs.state_dict().items()}
+    state["module.head.mlp.0.weight"] = torch.zeros(3, 3)
+    student = {name: torch.zeros_like(x) for name, x in state.items()}
+    torch.save({"student": student, "teacher": state, "epoch": 3}, tmp_path / "c.pth")
+    found = load_weights(tmp_path / "c.pth", num_heads=2)
+    x, tensor = images((32, 32))
+    assert found.family == "dino"
+    assert any("projection head" in note for note in found.notes)
+    assert_close(ours(found, x)[0], theirs(tensor))
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_dinov2_as_its_authors_store_it(tmp_path, shape):
+    """A class position, registers without, and a mask token."""
+    theirs = timm_model(shape, (32, 32), num_classes=0, init_values=0.1, reg_tokens=3)
+    state = theirs.state_dict()
+    # timm's model with rows for the registers, which are zero, computes the same.
+    theirs.pos_embed.data[:, 1:4] = 0
+    state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 4:]], 1)
+    state["register_tokens"] = state.pop("reg_token")
+    state["mask_token"] = torch.zeros(1, shape["width"])
+    torch.save(dict(state), tmp_path / "dinov2.pth")
+    found = load_weights(tmp_path / "dinov2.pth", num_heads=shape["heads"])
+    assert (found.family, found.posemb_resize) == ("dinov2", "bicubic_antialias")
+    assert any("mask token" in note for note in found.notes)
+    x, tensor = images((32, 32))
+    assert_close(ours(found, x)[0], theirs(tensor))
+
+
+@pytest.mark.parametrize("kind", ["vit", "gap", "siglip"])
+@pytest.mark.parametrize("shape", SIZES)
+def test_timm_reads_googles_layout_as_we_write_it(tmp_path, shape, kind):
+    options = TIMM[kind] | {"act_layer": "gelu_tanh"}
+    theirs = timm_model(shape, (32, 32), **options)
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    found = load_weights(tmp_path / "timm.pth", num_heads=shape["heads"])
+    cfg = dataclasses.replace(found.cfg, gelu="tanh")
+    google.write(tmp_path / "google.npz", cfg, found.params)
+    again = timm_model(shape, (32, 32), **options)
+    for parameter in again.parameters():
+        parameter.data.zero_()
+    again.load_pretrained(str(tmp_path / "google.npz"))
+    x, tensor = images((32, 32))
+    assert_close(compute(cfg, found.params, x)[0], again(tensor))
+
+
+# ---- Hugging Face --------------------------------------------------------------------------
+
+
+def hf_model(name, shape, image_size, **options):
+    library = pytest.importorskip("transformers")
+    config = getattr(library, name.replace("ForImageClassification", "Model"))
+    mlp = {"intermediate_size": shape["mlp_dim"]}
+    if "Dinov2" in name:
+        mlp = {"mlp_ratio": 2}
+    config = config.config_class(
+        image_size=image_size if image_size[0] != image_size[1] else image_size[0],
+        patch_size=shape["patch"],
+        hidden_size=shape["width"],
+        num_hidden_layers=shape["depth"],
+        num_attention_heads=shape["heads"],
+        **mlp | options,
+    )
+    return randomize(getattr(library, name)(config))
+
+
+def assert_same_files(a, b):
+    load = pytest.importorskip("safetensors.numpy").load_file
+    a, b = load(a / "model.safetensors"), load(b / "model.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@CASES
+@pytest.mark.parametrize("act", ["gelu", "gelu_pytorch_tanh", "gelu_new"])
+def test_hugging_faces_classifier_and_back(tmp_path, shape, image_size, act):
+    labels = {i: f"class {i}" for i in range(4)}
+    theirs = hf_model(
+        "ViTForImageClassification", shape, image_size, hidden_act=act, id2label=labels
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = load_weights(tmp_path / "theirs")
+    assert found.class_names == tuple(labels.values())
+    assert found.cfg.layer_norm_eps == 1e-12
+    x, tensor = images(image_size)
+    assert_close(ours(found, x)[0], theirs(tensor).logits)
+    huggingface.write(tmp_path / "ours", found.cfg, found.params, found.class_names)
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+@CASES
+def test_hugging_faces_pooler_is_our_representation(tmp_path, shape, image_size):
+    theirs = hf_model("ViTModel", shape, image_size)
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = load_weights(tmp_path / "theirs")
+    x, tensor = images(image_size)
+    expected, (logits, out) = theirs(tensor), ours(found, x)
+    assert_close(logits, expected.pooler_output)
+    assert_close(out["encoded"], expected.last_hidden_state)
+    huggingface.write(tmp_path / "ours", found.cfg, found.params)
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+
+
+@pytest.mark.parametrize("shape", SIZES)
+@pytest.mark.parametrize("name", ["Dinov2Model", "Dinov2WithRegistersModel"])
+def test_hugging_faces_dinov2(tmp_path, name, shape):
+    theirs = hf_model(name, shape, (32, 32))  # these allow squares only
+    theirs.save_pretrained(tmp_path)
+    found = load_weights(tmp_path)
+    assert (found.family, found.cfg.layer_norm_eps) == ("dinov2", 1e-6)
+    x, tensor = images((32, 32))
+    expected, (features, out) = theirs(tensor), ours(found, x)
+    assert_close(out["encoded"], expected.last_hidden_state)
+    assert_close(features, expected.pooler_output)
+
+
+@pytest.mark.parametrize("shape", SIZES)
+def test_hugging_faces_mae_encoder(tmp_path, shape):
+    theirs = hf_model(
+        "ViTMAEForPreTraining",
+        shape,
+        (32, 32),
+        mask_ratio=0.0,
+        decoder_hidden_size=16,
+        decoder_num_attention_heads=2,
+        decoder_num_hidden_layers=1,
+        decoder_intermediate_size=16,
+    )
+    theirs.save_pretrained(tmp_path)
+    found = load_weights(tmp_path)
+    assert found.family == "mae"
+    assert found.value_range == "imagenet"
+    x, tensor = images((32, 32))
+    patches = (32 // shape["patch"]) ** 2
+    order = torch.arange(patches, dtype=torch.float32)[None].repeat(2, 1)  # nothing shuffled
+    expected = theirs.vit(tensor, noise=order).last_hidden_state
+    assert_close(ours(found, x)[1]["encoded"], expected)
+
+
+def test_names_of_the_modules_of_transformers_5(tmp_path):
+    theirs = hf_model("ViTForImageClassification", SIZES[1], (32, 32))
+    torch.save(theirs.state_dict(), tmp_path / "state.bin")
+    found = load_weights(tmp_path / "state.bin", num_heads=5)
+    x, tensor = images((32, 32))
+    assert_close(ours(found, x)[0], theirs(tensor).logits)
+
+
+@pytest.mark.parametrize(("gelu", "epsilon"), [("tanh", 1e-6), ("erf", 1e-12)])
+@pytest.mark.parametrize(
+    ("image_size", "transform"),
+    [
+        ((32, 32), "resize(method='bilinear_antialias')"),
+        ((16, 40), "resize(method='bicubic')"),
+        ((32, 32), "resize_shorter(36, method='bicubic')|center_crop"),
+        ((32, 32), "resize(method='bicubic', size=36)|center_crop"),
+    ],
+)
+def test_our_models_open_in_transformers(tmp_path, gelu, epsilon, image_size, transform):
+    transformers = pytest.importorskip("transformers")
+    cfg = vit.ViTConfig(
+        image_size, 3, 4, 2, 60, 100, 5, num_classes=3, gelu=gelu, layer_norm_eps=epsilon
+    )
+    rng = np.random.default_rng(0)
+    params = nest(
+        {
+            name: 0.2 * rng.standard_normal(shape).astype(np.float32)
+            for name, shape in expected_shapes(cfg).items()
+        }
+    )
+    names = ("cat", "dog", "cow")
+    notes = huggingface.write(tmp_path, cfg, params, names, "imagenet", transform)
+    assert notes == ()
+    theirs, info = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert theirs.config.id2label == dict(enumerate(names))
+    x, tensor = images(image_size)
+    logits, _ = compute(cfg, params, x)
+    assert_close(logits, theirs.eval()(tensor).logits)
+
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    y, x, c = np.indices((60, 50, 3))
+    picture = (127 + 60 * np.sin(x / 9 + c) + 60 * np.cos(y / 7 - c)).astype(np.uint8)
+    pixels = processor(Image.fromarray(picture), return_tensors="np")["pixel_values"]
+    assert pixels.shape == (1, 3, *image_size)
+    prepared = np.asarray(parse_transform(transform, image_size)(Image.fromarray(picture)))
+    expected = np.asarray(normalize(jax.numpy.asarray(prepared), "imagenet"))
+    # Both round to 8 bits, but not the same way: two levels of 0.018 at most.
+    np.testing.assert_allclose(pixels[0].transpose(1, 2, 0), expected, atol=0.04)
+
+    again = load_weights(tmp_path)
+    assert (again.cfg, again.class_names) == (cfg, names)
+    assert (again.value_range, again.eval_transform) == ("imagenet", transform)
+
+
+def test_a_timm_folder_says_what_a_bare_file_cannot(tmp_path):
+    theirs = timm_model(SIZES[0], (32, 32), act_layer="gelu_tanh")
+    library = pytest.importorskip("safetensors.torch")
+    library.save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    config = {
+        "architecture": "vit_tiny",
+        "num_classes": 7,
+        "global_pool": "token",
+        "model_args": {"num_heads": 2, "act_layer": "gelu_tanh"},
+        "pretrained_cfg": {
+            "mean": [0.485, 0.456, 0.406],
+            "std": [0.229, 0.224, 0.225],
+            "crop_pct": 0.9,
+            "interpolation": "bicubic",
+        },
+        "label_names": [f"class {i}" for i in range(7)],
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = load_weights(tmp_path)
+    assert (found.value_range, found.notes) == ("imagenet", ())
+    assert found.eval_transform == "resize_shorter(35, method='bicubic')|center_crop"
+    assert found.class_names[6] == "class 6"
+    x, tensor = images((32, 32))
+    assert_close(ours(found, x)[0], theirs(tensor))

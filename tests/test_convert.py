@@ -1,0 +1,167 @@
+"""Work directory -> every format -> the same predictions; sizes, heads, refusals."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.test_doors import assert_one_sentence, run
+from tests.tiny_config import tiny
+from vit_jax import convert, trained
+from vit_jax import train as trainer
+from vit_jax.errors import UserError
+from vit_jax.interop.positions import resize_embedding
+from vit_jax.training import sharding
+
+MESH = sharding.make_mesh()
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    trainer.train(tiny(), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for i in range(5):
+        pixels = rng.integers(0, 255, (8, 8), np.uint8)  # of the model's size: no resizing
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+def predictions(tmp_path, pictures, *model):
+    output = tmp_path / "predictions.jsonl"
+    result = run("predict", *model, "--topk=10", f"--output={output}", pictures)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    return [{p["class"]: p["probability"] for p in r["predictions"]} for r in records]
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("model.npz", []),
+        ("model.safetensors", []),
+        ("folder", ["--format=hf"]),
+        ("export", ["--format=vit_jax"]),
+    ],
+)
+def test_every_format_predicts_the_same(workdir, pictures, tmp_path, name, flags):
+    destination = tmp_path / name
+    result = run("convert", workdir, destination, *flags)
+    assert result.returncode == 0, result.stderr
+    for line in ("family     vit_jax", "images     8x8x1, 2x2 patches of 4", "classes    10"):
+        assert line in result.stdout
+    expected = predictions(tmp_path, pictures, f"--workdir={workdir}")
+    found = predictions(tmp_path, pictures, f"--checkpoint={destination}")
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, abs=1e-6)
+    assert [p.name for p in tmp_path.iterdir() if "part" in p.name] == []
+
+
+def test_another_size_and_head(workdir, tmp_path):
+    destination = tmp_path / "large.npz"
+    result = run("convert", workdir, destination, "--image_size=16x24", "--num_classes=3")
+    assert result.returncode == 0, result.stderr
+    assert "changed    position embeddings from 2x2 to 4x6 patches (corner)" in result.stdout
+    assert "changed    head: zero-initialised, 3 classes" in result.stdout
+    with np.load(destination) as arrays:
+        found = {name: arrays[name] for name in arrays.files}
+    model = trained.load(workdir, "last", MESH)
+    positions = model.params["Transformer"]["posembed_input"]["pos_embedding"]
+    np.testing.assert_array_equal(
+        found["Transformer/posembed_input/pos_embedding"],
+        resize_embedding(np.asarray(positions), (2, 2), (4, 6)),
+    )
+    assert found["head/kernel"].shape == (32, 3)
+    assert not found["head/kernel"].any()
+
+
+def test_half_precision_halves_the_file(workdir, tmp_path):
+    sizes = []
+    for dtype in ("float32", "bfloat16"):
+        destination = tmp_path / f"{dtype}.safetensors"
+        result = run("convert", workdir, destination, f"--dtype={dtype}")
+        assert result.returncode == 0, result.stderr
+        sizes.append(destination.stat().st_size)
+    assert 0.45 < sizes[1] / sizes[0] < 0.6
+
+
+def test_an_export_opens_as_it_was_and_fine_tunes(workdir, tmp_path):
+    model = trained.load(workdir, "last", MESH)
+    trained.export(model, tmp_path / "export")
+    again = trained.load_any(str(tmp_path / "export"), "last", MESH)
+    assert again.class_names == model.class_names
+    assert again.model.config == model.model.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+    config = tiny(total_steps=2.0, init_from=str(tmp_path / "export"))
+    assert trainer.train(config, tmp_path / "run")["eval/count"] == 360
+
+
+def test_nothing_is_overwritten_without_force(workdir, tmp_path):
+    destination = tmp_path / "model.npz"
+    destination.write_text("precious")
+    assert_one_sentence(run("convert", workdir, destination), str(destination), "--force")
+    assert destination.read_text() == "precious"
+    assert run("convert", workdir, destination, "--force").returncode == 0
+    assert destination.stat().st_size > 1000
+
+
+def test_a_failed_conversion_leaves_nothing_behind(workdir, tmp_path):
+    config = tiny(total_steps=2.0)
+    config.model.registers = 2
+    trainer.train(config, tmp_path / "run")
+    destination = tmp_path / "out" / "model.npz"
+    assert_one_sentence(run("convert", tmp_path / "run", destination), "registers")
+    assert not destination.exists()
+    assert list(destination.parent.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["W"], ["pass SOURCE and DESTINATION"]),
+        (["W", "D"], ["names no format", "--format=hf"]),
+        (["W", "D.npz", "--format=onnx"], ["--format=onnx", "npz, hf, timm, vit_jax"]),
+        (["W", "D.npz", "--image_size=big"], ["--image_size=big", "224x448"]),
+        (["W", "D.npz", "--image_size=10"], ["image_size is (10, 10)", "multiples of 4"]),
+        (["W", "D.npz", "--image_size=16", "--resize=x"], ["no way 'x' to resize", "corner"]),
+        (["W", "D.npz", "--num_classes=-1"], ["--num_classes=-1"]),
+        (["nowhere.npz", "D.npz"], ["nowhere.npz"]),
+        (["setup.py", "D.npz"], ["setup.py"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_errors(workdir, tmp_path, arguments, parts):
+    places = {"W": workdir, "D": tmp_path / "D", "D.npz": tmp_path / "D.npz"}
+    result = run("convert", *(places.get(a, a) for a in arguments))
+    assert_one_sentence(result, *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sizes():
+    assert convert.parse_size("384") == (384, 384)
+    assert convert.parse_size("224x448") == (224, 448)
+    with pytest.raises(UserError):
+        convert.parse_size("1x2x3")
+
+
+def test_a_model_without_a_head_does_not_predict(workdir, pictures, tmp_path):
+    destination = tmp_path / "export"
+    assert (
+        run("convert", workdir, destination, "--format=vit_jax", "--num_classes=0").returncode
+        == 0
+    )
+    result = run("predict", f"--checkpoint={destination}", pictures)
+    assert_one_sentence(result, "no head to predict with")
+    vectors = tmp_path / "vectors.npy"
+    result = run("embed", f"--checkpoint={destination}", f"--output={vectors}", pictures)
+    assert result.returncode == 0, result.stderr
+    assert np.load(vectors).shape == (5, 32)
+    shutil.rmtree(destination)

@@ -1,0 +1,285 @@
+"""Families of published weights, and the form in which every reader here returns them.
+
+Two files with the same arrays can mean different networks: the GELU, the epsilon of the
+LayerNorms, the scale of the pixels and the way to resize position embeddings stand in the
+code that trained them, not in the file. A *family* names that code.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vit_jax.errors import UserError
+from vit_jax.models import vit
+from vit_jax.models.variants import VARIANTS, Variant
+from vit_jax.models.vit import Params, ViTConfig
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What a file of weights does not say about the network it belongs to.
+
+    Attributes:
+      gelu: `tanh` | `erf`.
+      layer_norm_eps: epsilon of every LayerNorm.
+      posemb_resize: a name of `interop.positions.METHODS`.
+      value_range: a name of `data.preprocess.VALUE_RANGES`.
+      transform: how images are brought to size for evaluation, for `data.preprocess`; where
+        they are cropped, `SHORTER` stands for the shorter edge before the crop.
+      crop: what share of that edge the crop keeps.
+    """
+
+    gelu: str
+    layer_norm_eps: float
+    posemb_resize: str
+    value_range: str
+    transform: str
+    crop: float = 0.875  # 224 of 256
+
+    def eval_transform(self, image_size: tuple[int, int]) -> str:
+        """The transform for images of (height, width) `image_size`."""
+        return self.transform.replace("SHORTER", str(int(max(image_size) / self.crop)))
+
+
+_AREA = "resize_shorter(SHORTER, method='area')|center_crop"
+_BICUBIC = "resize_shorter(SHORTER, method='bicubic')|center_crop"
+
+# Numerics and resizing are what the published code of each family does. Not verified against
+# published files: that crops at other sizes than 224 keep the same share of the edge.
+FAMILIES = {
+    # Google's original checkpoints and AugReg (2106.10270).
+    "google": Family("tanh", 1e-6, "corner", "inception", "resize"),
+    # ImageNet evaluation: 256 -> 224; its transfer configurations go 448 -> 384 instead.
+    "big_vision": Family("tanh", 1e-6, "corner", "inception", _AREA),
+    # The models that came from Google: a crop of 0.9 at 224 pixels, 1.0 at 384.
+    "timm": Family("erf", 1e-6, "bicubic_antialias", "inception", _BICUBIC, 0.9),
+    # Defaults of the code; published folders bring a preprocessor_config.json of their own.
+    "huggingface": Family(
+        "erf", 1e-12, "bicubic", "inception", "resize(method='bilinear_antialias')"
+    ),
+    "deit": Family("erf", 1e-6, "bicubic", "imagenet", _BICUBIC),
+    # For completeness: its relative position bias cannot be read yet. BEiT resizes that table
+    # in a way of its own; `bicubic` holds only for models with absolute position embeddings.
+    "beit": Family("erf", 1e-6, "bicubic", "inception", _BICUBIC, 0.9),
+    "dino": Family("erf", 1e-6, "bicubic_dino", "imagenet", _BICUBIC),
+    # Without registers; with them it resizes by `bicubic_antialias`.
+    "dinov2": Family("erf", 1e-6, "bicubic_dino", "imagenet", _BICUBIC),
+    # Above 224 pixels MAE's fine-tuning resizes without a crop.
+    "mae": Family("erf", 1e-6, "bicubic", "imagenet", _BICUBIC),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Imported:
+    """Somebody else's weights as one of our models.
+
+    Attributes:
+      family: a name of `FAMILIES`.
+      cfg: the network, in which every number comes from the file or its family.
+      params: nested dicts of float32 numpy arrays, one `encoderblock_i` a layer.
+      class_names: one name an output, if the file has them.
+      value_range: a name of `data.preprocess.VALUE_RANGES`.
+      eval_transform: for `data.preprocess.parse_transform`.
+      posemb_resize: a name of `interop.positions.METHODS`.
+      notes: sentences about what was left out or assumed.
+    """
+
+    family: str
+    cfg: ViTConfig
+    params: Params
+    class_names: tuple[str, ...] | None
+    value_range: str
+    eval_transform: str
+    posemb_resize: str
+    notes: tuple[str, ...]
+
+
+def imported(
+    family: str, cfg: ViTConfig, params: Params, notes: Iterable[str], **given: Any
+) -> Imported:
+    """An `Imported` with the preprocessing of its family, where `given` says nothing else."""
+    preset = FAMILIES[family]
+    fields: dict[str, Any] = {
+        "class_names": None,
+        "value_range": preset.value_range,
+        "eval_transform": preset.eval_transform(cfg.image_size),
+        "posemb_resize": preset.posemb_resize,
+    }
+    if family == "dinov2" and cfg.registers:
+        fields["posemb_resize"] = "bicubic_antialias"
+    return Imported(family, cfg, params, notes=tuple(notes), **fields | given)
+
+
+# ---- what the shapes say -------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=64)
+def expected_shapes(cfg: ViTConfig) -> Mapping[str, tuple[int, ...]]:
+    """The shape of every parameter of `cfg`, by names joined with `/`."""
+    leaves = flatten(jax.eval_shape(vit.build(cfg).init, jax.random.key(0)))
+    return {name: leaf.shape for name, leaf in leaves.items()}
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """`{"head": {"bias": b}}` -> `{"head/bias": b}`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {"/".join(key.key for key in path): leaf for path, leaf in leaves}
+
+
+def rename(arrays: Arrays, name: Callable[[str], str], source: Path) -> Arrays:
+    """Gives every array the name `name(old)`.
+
+    Raises:
+      UserError: two arrays would have the same name.
+    """
+    renamed: Arrays = {}
+    for old, value in arrays.items():
+        if (new := name(old)) in renamed:
+            raise UserError(f"{source} has array {old!r} twice, under two names")
+        renamed[new] = value
+    return renamed
+
+
+def nest(arrays: Arrays) -> Params:
+    """The inverse of `flatten`."""
+    params: Params = {}
+    for name, value in arrays.items():
+        *parents, leaf = name.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return params
+
+
+def axes(arrays: Arrays, name: str, rank: int, source: Path) -> tuple[int, ...]:
+    """The shape of array `name`, which the rest is inferred from.
+
+    Raises:
+      UserError: it is missing, of another rank, or empty.
+    """
+    if name not in arrays:
+        raise UserError(f"{source} has no array {name!r}, which every model of its kind has")
+    shape = arrays[name].shape
+    if len(shape) != rank or 0 in shape:
+        raise UserError(f"{source}: array {name!r} has shape {shape}, not {rank} filled axes")
+    return shape
+
+
+def configure(source: Path, **fields: Any) -> ViTConfig:
+    """A `ViTConfig`, with the file named in its complaint.
+
+    Raises:
+      UserError: no model can have these numbers.
+    """
+    try:
+        return ViTConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{source} does not describe a model: {error}") from error
+
+
+def square_grid(
+    patches: int, patch_size: int, image_size: tuple[int, int] | None, source: Path
+) -> tuple[int, int]:
+    """The image size (H, W) of `patches` patches: as given, or else square.
+
+    Raises:
+      UserError: the given size has another number of patches, or none was given and the
+        number is no square.
+    """
+    if image_size is None:
+        edge = round(patches**0.5)
+        if edge * edge != patches:
+            raise UserError(
+                f"{source} has position embeddings for {patches} patches, which is no square: "
+                f"say the image size that they were made for"
+            )
+        return edge * patch_size, edge * patch_size
+    if (image_size[0] // patch_size) * (image_size[1] // patch_size) != patches:
+        raise UserError(
+            f"{source} has position embeddings for {patches} patches of {patch_size} pixels, "
+            f"which is not an image of {image_size[0]} x {image_size[1]}"
+        )
+    return image_size
+
+
+def guess_heads(depth: int, width: int, mlp_dim: int, source: Path) -> tuple[int, str]:
+    """The number of heads where a file does not say it, and a note to the reader.
+
+    Raises:
+      UserError: the width is neither that of a known variant nor a multiple of 64.
+    """
+    for name, (*shape, heads) in VARIANTS.items():
+        if shape == [depth, width, mlp_dim]:
+            return heads, f"The file does not say the number of heads: {heads}, as in {name}."
+    if width % 64:
+        raise UserError(
+            f"{source} does not say the number of heads, and a width of {width} is not a "
+            f"multiple of 64 to infer it from: say the number of heads"
+        )
+    heads = width // 64
+    return heads, f"The file does not say the number of heads: {heads}, of width 64, assumed."
+
+
+def variant_name(cfg: ViTConfig) -> str | None:
+    """The name of the variant, such as `B/16`, or None if the table has no such shape."""
+    shape = Variant(cfg.depth, cfg.width, cfg.mlp_dim, cfg.num_heads)
+    for name, variant in VARIANTS.items():
+        if variant == shape:
+            return f"{name}/{cfg.patch_size}"
+    return None
+
+
+# ---- the one check -------------------------------------------------------------------------
+
+
+def check_arrays(
+    found: Mapping[str, np.ndarray], wanted: Mapping[str, tuple[int, ...]], source: Path
+) -> None:
+    """Compares names and shapes.
+
+    Raises:
+      UserError: listing all arrays that are missing, unknown or of another shape.
+    """
+    wrong = [f"{name} is missing" for name in wanted if name not in found]
+    wrong += [f"{name} is unknown" for name in found if name not in wanted]
+    wrong += [
+        f"{name} has shape {found[name].shape}, not {shape}"
+        for name, shape in wanted.items()
+        if name in found and found[name].shape != shape
+    ]
+    if wrong:
+        raise UserError(f"{source} does not fit a Vision Transformer: {'; '.join(wrong)}")
+
+
+def learned_positions(cfg: ViTConfig, params: Params) -> np.ndarray:
+    """The position embeddings of any kind as one learned table, (1, T, D) float32.
+
+    T counts the class token, if there is one, but no registers: they have no position.
+    """
+    encoder = params["Transformer"]
+    if cfg.posemb == "learned":
+        return np.asarray(encoder["posembed_input"]["pos_embedding"])
+    rows, columns = cfg.grid
+    table = np.zeros((rows * columns, cfg.width), np.float32)
+    if cfg.posemb == "sincos2d":
+        table = np.asarray(vit.posemb_sincos_2d(cfg.grid, cfg.width))
+    elif cfg.posemb == "learned_2d":
+        halves = encoder["posembed_input"]
+        shape = (rows, columns, cfg.width // 2)
+        x = np.broadcast_to(halves["pos_embedding_x"], shape)
+        y = np.broadcast_to(np.asarray(halves["pos_embedding_y"])[:, None], shape)
+        table = np.concatenate([x, y], axis=-1).reshape(table.shape)
+    return with_class_row(table[None], cfg.pool == "cls")
+
+
+def with_class_row(table: np.ndarray, wanted: bool) -> np.ndarray:
+    """A zero row in front: a class token without a position is one whose position is zero."""
+    return np.pad(table, ((0, 0), (int(wanted), 0), (0, 0)))

@@ -1,0 +1,340 @@
+"""Files of arrays, opened without trusting them.
+
+`.npz`, `.safetensors` and PyTorch files are told apart by their first bytes, never by their
+names. Nothing in them is executed, and nothing is allocated before the sizes that a file
+declares were compared with the size that it has. Whatever is wrong, the reader says it in one
+sentence (`UserError`).
+
+Formats: numpy's NEP 1 (`.npy`) in a zip archive; https://github.com/huggingface/safetensors.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import re
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import ml_dtypes
+import numpy as np
+
+from vit_jax.errors import UserError
+from vit_jax.interop.families import Arrays
+
+# Weights hardly compress, but a zero-initialised head does; a bomb grows a thousandfold.
+_MAX_RATIO, _MAX_SLACK = 64, 1 << 24
+_MAX_JSON = 100_000_000  # bytes of a safetensors header, as in its reference implementation
+
+_BF16 = np.dtype(ml_dtypes.bfloat16)
+_SAFETENSORS = {
+    "F64": np.dtype("<f8"),
+    "F32": np.dtype("<f4"),
+    "F16": np.dtype("<f2"),
+    "BF16": _BF16,
+    "I64": np.dtype("<i8"),
+    "I32": np.dtype("<i4"),
+    "I16": np.dtype("<i2"),
+    "I8": np.dtype("i1"),
+    "U8": np.dtype("u1"),
+    "BOOL": np.dtype("?"),
+}
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '(?P<dtype>[^']{1,8})', 'fortran_order': (?P<fortran>True|False), "
+    rb"'shape': \((?P<shape>(?:\d{1,18}L?, ?)*(?:\d{1,18}L?)?)\),? ?\}\s*"
+)
+_NPY_DTYPE = re.compile(r"[<>|=]?(?:[fiu][1248]|b1|V2)")
+
+
+class _Reason(Exception):
+    """Why a file cannot be read: the second half of a sentence that begins with its name."""
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns whatever goes wrong inside into one sentence that names the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except _Reason as error:
+        raise UserError(f"{path} {error}") from error
+    except FileNotFoundError as error:
+        raise UserError(f"there is no file {path}") from error
+    except Exception as error:
+        # A damaged file may trip any line of zipfile, zlib, json or torch.
+        what = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path} is damaged or not what it claims to be: {what}") from error
+
+
+def read(path: Path) -> tuple[Arrays, str]:
+    """Reads all arrays of a file, whichever of the three formats it has.
+
+    Returns:
+      The arrays by name, in the dtypes of the file, all finite in float32; and what they came
+      from: `npz`, `safetensors`, `torch`, or `wrapped` for PyTorch's with another dictionary
+      around (`{"model": ...}`), as in the checkpoints of papers.
+
+    Raises:
+      UserError: the file cannot be read, is damaged or holds a number that is not finite.
+    """
+    with _named(path):
+        if path.is_dir():
+            raise _Reason("is a folder, not a file of weights")
+        kind = _kind(path)
+        if kind == "torch":
+            arrays, kind = _read_torch(path)
+        else:
+            arrays = _read_npz(path) if kind == "npz" else _read_safetensors(path)
+        if not arrays:
+            raise _Reason("holds no arrays")
+        for name, value in arrays.items():
+            if value.dtype.kind == "V" and value.dtype != _BF16:
+                raise _Reason(f"has an array {name!r} of unknown type {value.dtype}")
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(value.astype(np.float32, copy=False)).all()
+            if not finite:
+                raise _Reason(f"has NaN or infinite numbers (in float32) in array {name!r}")
+    return arrays, kind
+
+
+def _kind(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(64)
+    if start.startswith(b"PK\x03\x04"):
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        return "torch" if any(n.rsplit("/")[-1] == "data.pkl" for n in names) else "npz"
+    if start[8:9] == b"{":
+        return "safetensors"
+    if start[:1] == b"\x80" and start[1:2] <= bytes([pickle.HIGHEST_PROTOCOL]):
+        return "torch"
+    if start.startswith(b"version https://git-lfs"):
+        raise _Reason("is a Git LFS pointer, not the file itself: run `git lfs pull`")
+    if not start:
+        raise _Reason("is empty")
+    raise _Reason("is not an .npz, .safetensors or PyTorch file: its first bytes are others")
+
+
+def _declared(total: int, size: int) -> None:
+    """Refuses an archive that would unpack to much more than it is."""
+    if total > _MAX_RATIO * size + _MAX_SLACK:
+        raise _Reason(f"would unpack from {size} to {total} bytes, which no weights do")
+
+
+# ---- .npz ----------------------------------------------------------------------------------
+
+
+def _read_npz(path: Path) -> Arrays:
+    arrays: Arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        if len(members) != _member_count(path, len(archive.comment)):
+            raise _Reason("is damaged: its table of contents is not complete")
+        _declared(sum(member.file_size for member in members), path.stat().st_size)
+        for member in members:
+            name = member.filename.removesuffix(".npy")
+            if name == member.filename:
+                raise _Reason(f"has a member {name!r}, which is not an array")
+            if ".." in name.split("/") or name.startswith("/") or "\\" in name:
+                raise _Reason(f"has a member {name!r}, whose name is a path out of the archive")
+            if name in arrays:
+                raise _Reason(f"has two arrays named {name!r}")
+            with archive.open(member) as file:
+                arrays[name] = _read_npy(file, name, member.file_size)
+    return arrays
+
+
+def _member_count(path: Path, comment: int) -> int:
+    """How many members the end of a zip archive counts, which `zipfile` does not look at."""
+    with path.open("rb") as file:
+        file.seek(-22 - comment, os.SEEK_END)
+        end = file.read(22)
+    return int.from_bytes(end[10:12], "little")
+
+
+def _read_npy(file: IO[bytes], name: str, size: int) -> np.ndarray:
+    """One `.npy` of `size` bytes; its header is matched, not evaluated."""
+    start = file.read(8)
+    if start[:6] != b"\x93NUMPY" or start[6:7] not in (b"\x01", b"\x02", b"\x03"):
+        raise _Reason(f"has a member {name!r}, which is not an array")
+    width = 2 if start[6] == 1 else 4
+    length = int.from_bytes(file.read(width), "little")
+    if length > min(10_000, size):
+        raise _Reason(f"has an array {name!r} with a header of {length} bytes")
+    match = _NPY_HEADER.fullmatch(file.read(length))
+    if not match:
+        raise _Reason(f"has an array {name!r} with a header that is not understood")
+    code = match["dtype"].decode("latin-1")
+    if "O" in code:
+        raise _Reason(f"has an array {name!r} of Python objects, which could run code")
+    if not _NPY_DTYPE.fullmatch(code):
+        raise _Reason(f"has an array {name!r} of type {code!r}, which no weights have")
+    # numpy has no bfloat16 of its own and saves it as two nameless bytes.
+    dtype = _BF16 if code.endswith("V2") else np.dtype(code)
+    shape = tuple(int(n) for n in re.findall(rb"\d+", match["shape"]))
+    data = size - 8 - width - length
+    if math.prod(shape) * dtype.itemsize != data:
+        raise _Reason(f"has an array {name!r} of shape {shape}, but {data} bytes of data")
+    flat = np.frombuffer(file.read(), dtype)
+    return flat.reshape(shape, order="F" if match["fortran"] == b"True" else "C")
+
+
+# ---- .safetensors --------------------------------------------------------------------------
+
+
+def _read_safetensors(path: Path) -> Arrays:
+    size, arrays = path.stat().st_size, {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(size - 8, _MAX_JSON):
+            raise _Reason(f"declares a header of {length} bytes, but has {size}")
+        entries = json.loads(file.read(length), object_pairs_hook=_unique)
+        entries.pop("__metadata__", None)
+        begin = 0
+        # The format leaves no gaps and no overlaps, so that every byte has one meaning.
+        for name, entry in sorted(entries.items(), key=lambda e: e[1]["data_offsets"]):
+            dtype, shape = _SAFETENSORS.get(entry["dtype"]), tuple(entry["shape"])
+            if dtype is None:
+                raise _Reason(f"has an array {name!r} of type {entry['dtype']!r}")
+            if not all(type(n) is int and n >= 0 for n in shape):
+                raise _Reason(f"has an array {name!r} of shape {shape}")
+            end = begin + math.prod(shape) * dtype.itemsize
+            if entry["data_offsets"] != [begin, end] or end > size - 8 - length:
+                raise _Reason(f"has an array {name!r} with offsets that do not fit its shape")
+            arrays[name] = np.frombuffer(file.read(end - begin), dtype).reshape(shape)
+            begin = end
+    if begin != size - 8 - length:
+        raise _Reason(f"has {size - 8 - length} bytes of data, where its header wants {begin}")
+    return arrays
+
+
+def safetensors_metadata(path: Path) -> dict[str, str]:
+    """What the header of a `.safetensors` file that `read` has accepted says in words."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {str(k): str(v) for k, v in dict(header.get("__metadata__") or {}).items()}
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(found := dict(pairs)) != len(pairs):
+        raise _Reason("has two entries of the same name in its header")
+    return found
+
+
+# ---- PyTorch -------------------------------------------------------------------------------
+
+# What papers' checkpoints keep their weights under, beside epoch, optimiser and arguments;
+# of a teacher and its student, the teacher is what is published.
+WRAPPERS = ("model", "state_dict", "teacher", "student")
+
+
+def _read_torch(path: Path) -> tuple[Arrays, str]:
+    """Reads a pickle with PyTorch's restricted unpickler, which builds tensors and no more."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            total = sum(member.file_size for member in archive.infolist())
+        _declared(total, path.stat().st_size)
+    try:
+        import torch
+    except ImportError:
+        raise _Reason(
+            "is a PyTorch file, and PyTorch is not installed: install vit_jax[parity], or "
+            "convert the file to .safetensors"
+        ) from None
+    try:
+        # Training scripts keep their command line beside the weights: a plain record.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _Reason(
+            "is a PyTorch file with more in it than arrays, and reading that could run code: "
+            "where you trust it, save its state_dict alone, as .safetensors"
+        ) from error
+    kind = "torch"
+    while isinstance(state, dict) and (key := next((k for k in WRAPPERS if k in state), None)):
+        state, kind = state[key], "wrapped"
+    if not isinstance(state, dict):
+        raise _Reason(f"is a PyTorch file with a {type(state).__name__}, not a state_dict")
+    tensors = {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
+    # Strides of zero make a large tensor out of one number.
+    _declared(sum(x.numel() * x.element_size() for x in tensors.values()), path.stat().st_size)
+    return {str(name): _from_torch(x) for name, x in tensors.items()}, kind
+
+
+def _from_torch(tensor: Any) -> np.ndarray:
+    import torch
+
+    tensor = tensor.detach()
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+
+
+# ---- writing -------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Writes a file that is either complete or not there.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            temporary = file.name
+            write(file)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # a temporary file is private, this one is not
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes an uncompressed `.npz`, the same bytes for the same arrays.
+
+    bfloat16 becomes two nameless bytes (`V2`), as in everybody's files.
+    """
+
+    def write(file: IO[bytes]) -> None:
+        with zipfile.ZipFile(file, "w") as archive:
+            for name, value in arrays.items():
+                entry = zipfile.ZipInfo(f"{name}.npy")  # without the time of day
+                with archive.open(entry, "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(value), allow_pickle=False)
+
+    write_atomically(path, write)
+
+
+def write_safetensors(
+    path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a `.safetensors` file that PyTorch's loaders accept, with words in its header."""
+    codes = {dtype: code for code, dtype in _SAFETENSORS.items()}
+    # Wide types first: then every array is aligned.
+    items = sorted(arrays.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    end = 0
+    for name, value in items:
+        begin, end = end, end + value.nbytes
+        code = codes[value.dtype]
+        header[name] = {"dtype": code, "shape": value.shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(file: IO[bytes]) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, value in items:
+            file.write(np.ascontiguousarray(value).tobytes())
+
+    write_atomically(path, write)
