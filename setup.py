@@ -19,6 +19,7 @@ INSTALL_REQUIRES = [
     "importlib_resources",  # tensorflow-datasets imports it but does not declare it
     "jax>=0.8",  # everything; jax.make_mesh with axis types
     "ml-collections>=1.0",  # configuration files with command-line overrides
+    "ml_dtypes>=0.4",  # bfloat16 arrays of other people's checkpoints
     "numpy>=2.0",
     "optax>=0.2.5",  # optimisers
     "orbax-checkpoint>=0.11.20,<1.0",  # checkpoints; 1.0 moves the API that we use
