@@ -118,6 +118,7 @@ def _pack(npy: Path, names: list[str]) -> None:
 
 def define_flags() -> None:
     trained.define_flags()
+    flags.adopt_module_key_flags(trained)  # so that --help shows them
     flags.DEFINE_string("output", None, f"File to write, ending in {', '.join(FORMATS)}.")
     flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices.")
 

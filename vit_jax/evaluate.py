@@ -45,6 +45,7 @@ def evaluate_trained(
 
 def define_flags() -> None:
     trained.define_flags()
+    flags.adopt_module_key_flags(trained)  # so that --help shows them
     flags.DEFINE_string("data", None, "Data source; that of training unless given.")
     flags.DEFINE_string("data_dir", None, "Where tfds: finds prepared data sets.")
     flags.DEFINE_string("split", None, "Split; that of training unless given.")

@@ -53,6 +53,7 @@ def predict(
 
 def define_flags() -> None:
     trained.define_flags()
+    flags.adopt_module_key_flags(trained)  # so that --help shows them
     flags.DEFINE_integer("topk", 5, "How many classes to show.", lower_bound=1)
     flags.DEFINE_string("output", None, "Also write the predictions to this JSONL file.")
     flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices.")
