@@ -63,7 +63,6 @@ def resize(model: Trained, size: tuple[int, int], method: str) -> tuple[Trained,
     params = vit.unstack_layers(model.params) if old.scan else model.params
     params = positions.resize_params(params, old, new, method)
     model.config.image_size = size
-    # The crop keeps its share of the image.
     model = model._replace(
         model=vit.build(new), params=vit.stack_layers(params) if old.scan else params
     )
