@@ -19,6 +19,7 @@ INSTALL_REQUIRES = [
     "importlib_resources",  # tensorflow-datasets imports it but does not declare it
     "jax>=0.8",  # everything; jax.make_mesh with axis types
     "ml-collections>=1.0",  # configuration files with command-line overrides
+    "matplotlib>=3.8",  # figures of what a model looks at, and curves of sweeps
     "ml_dtypes>=0.4",  # bfloat16 arrays of other people's checkpoints
     "numpy>=2.0",
     "optax>=0.2.5",  # optimisers
@@ -26,6 +27,7 @@ INSTALL_REQUIRES = [
     "pillow>=10.0",  # image decoding and resizing
     "pyarrow>=15.0",  # embeddings as Parquet files
     "scikit-learn>=1.3",  # the bundled digits: real data without a download
+    "scipy>=1.11",  # splines, to resize BEiT's relative positions
     "tensorboardX>=2.6.2",  # TensorBoard files without TensorFlow
     "tensorflow-datasets>=4.9.7",  # reads prepared array_record data sets, without TensorFlow
     "tqdm>=4.60",  # the progress bar

@@ -6,6 +6,7 @@ come in three units: of `total_steps`, `total_epochs` and `total_examples` exact
 """
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -27,6 +28,19 @@ OPERATIONAL = (
     "data.eval_split",
     "data.workers",
     "data.threads",
+    "sweep.",
+)
+
+# Fields of `config.model` that a run decides even where its model comes from the weights that
+# it begins with: how the network is trained and computed, and the head, which is new.
+OF_THE_RUN = (
+    "dropout",
+    "stochastic_depth",
+    "dtype",
+    "scan",
+    "remat",
+    "head_bias_init",
+    "representation_size",
 )
 
 
@@ -52,19 +66,31 @@ def get_config() -> ConfigDict:
     )
 
     config.model = model = ConfigDict()
-    model.variant = "B/16"  # SIZE/PATCH, sizes as in models/variants.py
+    # None: all of the model but `OF_THE_RUN`, data.channels and data.value_range are those of
+    # the weights `init_from`; what the command line sets stays.
+    model.variant = "B/16"  # SIZE/PATCH, R50+B/16, R50x1, Mixer-B/16: see models/registry.py
     model.depth = placeholder(int)  # these four override the variant's shape
     model.width = placeholder(int)
     model.mlp_dim = placeholder(int)
     model.num_heads = placeholder(int)
-    model.pool = "cls"  # cls | gap | map
+    model.tokens_mlp_dim = placeholder(int)  # of a Mixer
+    model.resnet = placeholder(tuple)  # units in each stage of a ResNet, or of the one in front
+    model.resnet_width = placeholder(int)  # of a ResNet: 1 for the widths of ResNet-50
+    model.pool = "cls"  # cls | gap (mean of patches) | cls_gap (both) | map
+    model.class_token = placeholder(bool)  # None: if the pooling needs one
+    model.distillation = "none"  # none | token (a second class token) | heads (two heads: DeiT)
+    model.final_norm = "encoder"  # encoder | pooled: the last LayerNorm before or after pooling
     model.posemb = "learned"  # learned | learned_2d | sincos2d | none
+    model.posemb_at = "stem"  # stem | layers (each its own) | shared (the same at every layer)
+    model.relative = "none"  # none | keys (the paper's ablation) | bias (BEiT)
     model.representation_size = placeholder(int)  # tanh layer before the head; None: no layer
     model.head_bias_init = 0.0  # about -log(classes) with the sigmoid loss
     model.registers = 0  # extra tokens
     model.dropout = 0.0
     model.stochastic_depth = 0.0  # drop rate of the last block, linear from 0 at the first
     model.layer_scale_init = placeholder(float)  # None: no LayerScale
+    model.mlp = "gelu"  # gelu | swiglu (DINOv2's largest)
+    model.key_bias = True  # False: queries and values have a bias, keys have none (BEiT)
     model.gelu = "tanh"  # tanh | erf
     model.layer_norm_eps = 1e-6
     model.dtype = "float32"  # operands of matrix products: float32 | bfloat16
@@ -106,6 +132,12 @@ def get_config() -> ConfigDict:
     optimizer.eps = 1e-8
     optimizer.momentum = 0.9  # SGD
     optimizer.moment_dtype = "float32"  # of the first moment or momentum: float32 | bfloat16
+
+    config.sweep = sweep = ConfigDict()  # only for vit_jax/sweep.py
+    sweep.lr = ()  # values of optimizer.lr to try
+    sweep.steps = ()  # pairs (total_steps, optimizer.warmup_steps) to try
+    sweep.train_split = placeholder(str)  # for the final run with the best; None: no final run
+    sweep.test_split = placeholder(str)  # that the final run is evaluated on, once
     return config.lock()
 
 
@@ -113,6 +145,21 @@ def _duration(config: ConfigDict, name: str, **value: float) -> None:
     for unit in UNITS:
         config[f"{name}_{unit}"] = placeholder(float)
     config.update({f"{name}_{unit}": float(amount) for unit, amount in value.items()})
+
+
+def take_model(config: ConfigDict, weights: ConfigDict, overridden: Collection[str]) -> None:
+    """Makes the model of `config` that of `weights`, with the pixels that it was trained on.
+
+    Args:
+      config: changed in place; the fields `OF_THE_RUN` stay.
+      weights: the configuration of a trained model.
+      overridden: dotted names of the fields set on the command line, which stay, too.
+    """
+    fields = [f"model.{name}" for name in weights.model if name not in OF_THE_RUN]
+    for path in [*fields, "data.channels", "data.value_range"]:
+        node, _, name = path.partition(".")
+        if path not in overridden:
+            config[node][name] = weights[node][name]
 
 
 def set_duration(config: ConfigDict, name: str, **value: float) -> None:
@@ -192,7 +239,10 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
             if isinstance(value, dict):
                 fill(node[name], value, f"{path}{name}.")
             else:
-                node[name] = tuple(value) if isinstance(value, list) else value
+                node[name] = tuples(value)
+
+    def tuples(value: Any) -> Any:
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
 
     config = get_config()
     fill(config, values, "")

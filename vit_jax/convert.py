@@ -24,8 +24,8 @@ from absl import flags
 from vit_jax import cli, trained
 from vit_jax.errors import UserError
 from vit_jax.interop import google, huggingface, positions, timm
-from vit_jax.interop.load import variant_name
-from vit_jax.models import vit
+from vit_jax.models import registry, vit
+from vit_jax.models.model import count_parameters
 from vit_jax.trained import Trained
 from vit_jax.training import sharding
 
@@ -39,11 +39,11 @@ def describe(model: Trained) -> str:
     shape = f"{cfg.depth} layers, width {cfg.width}, MLP {cfg.mlp_dim}, {cfg.num_heads} heads"
     lines = [
         f"family     {model.family}",
-        f"variant    {variant_name(cfg) or 'of its own'}: {shape}",
+        f"variant    {registry.variant_name(cfg) or 'of its own'}: {shape}",
         f"images     {cfg.image_size[0]}x{cfg.image_size[1]}x{cfg.channels}, "
         f"{rows}x{columns} patches of {cfg.patch_size}",
         f"classes    {len(names)}{shown}",
-        f"parameters {vit.count_parameters(model.params):,}",
+        f"parameters {count_parameters(model.params):,}",
     ]
     return "\n".join(lines + [f"note       {note}" for note in model.notes])
 
@@ -64,7 +64,7 @@ def resize(model: Trained, size: tuple[int, int], method: str) -> tuple[Trained,
     params = positions.resize_params(params, old, new, method)
     model.config.image_size = size
     model = model._replace(
-        model=vit.build(new), params=vit.stack_layers(params) if old.scan else params
+        model=registry.build(new), params=vit.stack_layers(params) if old.scan else params
     )
     sizes = " to ".join(f"{rows}x{columns}" for rows, columns in (old.grid, new.grid))
     return model, f"position embeddings from {sizes} patches ({method})"
@@ -83,7 +83,7 @@ def replace_head(model: Trained, num_classes: int) -> tuple[Trained, str]:
             "bias": jnp.full((num_classes,), new.head_bias_init),
         }
     names = tuple(map(str, range(num_classes)))
-    model = model._replace(model=vit.build(new), params=params, class_names=names)
+    model = model._replace(model=registry.build(new), params=params, class_names=names)
     return model, f"head: zero-initialised, {num_classes} classes"
 
 

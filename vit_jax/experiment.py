@@ -7,15 +7,27 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as configuration
 from vit_jax.data import mixing, preprocess, sources
-from vit_jax.models import vit
+from vit_jax.errors import UserError
+from vit_jax.models import registry
+from vit_jax.models.model import Model
 from vit_jax.objectives.classification import Classification
 from vit_jax.training.optimizer import Schedule, make_schedule
 from vit_jax.training.step import Batch, Prepare
 
 
-def build_model(config: ConfigDict, num_classes: int) -> vit.Model:
-    cfg = vit.config_from(config.model, config.image_size, config.data.channels, num_classes)
-    return vit.build(cfg)
+def build_model(config: ConfigDict, num_classes: int) -> Model:
+    """Returns the network of a `config`.
+
+    Raises:
+      UserError: there is no such variant, or a field does not fit it.
+    """
+    if config.model.variant is None:
+        raise UserError(
+            "config.model.variant and config.init_from are both unset: name a variant such as "
+            "B/16, or set config.init_from to weights that bring their own"
+        )
+    cfg = registry.configure(config.model, config.image_size, config.data.channels, num_classes)
+    return registry.build(cfg)
 
 
 def build_objective(config: ConfigDict, num_classes: int) -> Classification:

@@ -15,8 +15,9 @@ import dataclasses
 import json
 import math
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -33,7 +34,9 @@ from vit_jax.data import pipeline
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.interop.adapt import adapt
-from vit_jax.models.vit import ViTConfig, count_parameters
+from vit_jax.models.model import count_parameters
+from vit_jax.models.vit_config import ViTConfig
+from vit_jax.trained import Trained
 from vit_jax.training import sharding
 from vit_jax.training.checkpoint import Card, Checkpoints, abstract
 from vit_jax.training.evaluate import evaluate
@@ -97,11 +100,15 @@ class StopSignal:
 # --- Report: one step late, so that the device never waits for the host -------------------
 
 
+class Diverged(UserError):
+    """A loss or another metric is no longer a number."""
+
+
 def check_finite(step: int, metrics: Metrics, workdir: Path) -> None:
-    """Raises UserError if a metric of this step is NaN or infinite."""
+    """Raises Diverged if a metric of this step is NaN or infinite."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            raise UserError(
+            raise Diverged(
                 f"{name} is {value} at step {step}: the last good checkpoint in {workdir} is "
                 f"intact; use a lower config.optimizer.lr, a longer warm-up or a smaller "
                 f"config.optimizer.clip_norm in a new --workdir"
@@ -141,6 +148,43 @@ class Reporter:
             metrics["images_per_second"] = self._steps * self._batch_size / seconds
             self._log.write(step, metrics)
             self.restart_clock()
+
+
+# --- Resolve: what the weights to begin with decide ---------------------------------------
+
+
+def resolve(
+    config: ConfigDict, workdir: Path, overridden: Collection[str]
+) -> tuple[ConfigDict, Trained | None]:
+    """Fills in the model of a configuration that leaves it to `init_from`.
+
+    Returns:
+      The complete configuration, and the weights if they had to be opened for it: a work
+      directory with a checkpoint knows its model, and needs them no more.
+
+    Raises:
+      UserError: the weights cannot be found, fetched or read.
+    """
+    if config.model.variant is not None or not config.init_from:
+        return config, None
+    config = config.copy_and_resolve_references()
+    if (known := model_of_workdir(workdir, config.init_from)) is not None:
+        configuration.take_model(config, known, overridden)
+        return config, None
+    before = trained.load_any(config.init_from, "last", sharding.make_mesh())
+    configuration.take_model(config, before.config, overridden)
+    return config, before
+
+
+def model_of_workdir(workdir: Path, init_from: str) -> ConfigDict | None:
+    """The configuration that checkpoints in `workdir` were begun with from `init_from`."""
+    if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+        return None  # what the run will begin with is read anew
+    try:
+        stored = configuration.from_dict(json.loads((workdir / "config.json").read_text()))
+    except (OSError, ValueError):
+        return None
+    return stored if stored.init_from == init_from else None
 
 
 # --- Build: what the configuration names, nothing large yet -------------------------------
@@ -208,8 +252,12 @@ def build(config: ConfigDict) -> Run:
 # --- Begin: the work directory's state, or a fresh one ------------------------------------
 
 
-def begin(run: Run, checkpoints: Checkpoints, workdir: Path) -> TrainState:
+def begin(
+    run: Run, checkpoints: Checkpoints, workdir: Path, before: Trained | None = None
+) -> TrainState:
     """Returns the newest readable state, or a first one, on every device of the mesh.
+
+    `before` are the weights of `config.init_from`, if they are open already.
 
     Raises:
       UserError: the work directory belongs to a run with another configuration, or the
@@ -222,24 +270,42 @@ def begin(run: Run, checkpoints: Checkpoints, workdir: Path) -> TrainState:
     if state is None:
         state = jax.jit(run.init, out_shardings=everywhere)()
         if run.config.init_from:
-            state = take_over(state, run)
+            before = before or trained.load_any(run.config.init_from, "last", run.mesh)
+            state = take_over(state, run, before)
     text = json.dumps(run.card["config"], indent=2)
     (workdir / "config.json").write_text(text + "\n")
     return state
 
 
-def take_over(state: TrainState, run: Run) -> TrainState:
+def take_over(state: TrainState, run: Run, before: Trained) -> TrainState:
     """Puts the trained weights of `config.init_from` in place of the initial ones."""
     config, everywhere = run.config, sharding.replicated(run.mesh)
-    before = trained.load_any(config.init_from, "last", run.mesh)
     old, new = before.model.config, run.model_config
     params, notes = adapt(
         before.params, old, state.params, new, config.init_resize or before.resize
     )
     print(f"begins with {config.init_from} ({before.family}); {'; '.join(notes)}")
+    for note in (*before.notes, *mismatches(config, before.config)):
+        print(f"note: {note}", file=sys.stderr)
     params = jax.device_put(params, everywhere)
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
     return dataclasses.replace(state, params=params, ema=ema)
+
+
+def mismatches(config: ConfigDict, weights: ConfigDict) -> list[str]:
+    """A sentence on numerics that differ from those of the weights: shapes do not show them."""
+    wrong = []
+    for path in ("model.gelu", "model.layer_norm_eps", "data.value_range"):
+        node, _, name = path.partition(".")
+        old, new = weights[node][name], config[node][name]
+        if old != new:
+            wrong.append(f"{path}={old!r} (here {new!r})")
+    if not wrong:
+        return []
+    return [
+        f"{config.init_from} was trained with {', '.join(wrong)}: set config.model.variant=None "
+        f"to take over what the weights say, unless the difference is meant"
+    ]
 
 
 # --- Evaluate -----------------------------------------------------------------------------
@@ -323,12 +389,24 @@ def loop(
     return result or {}
 
 
-def train(config: ConfigDict, workdir: Path) -> Metrics:
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    overridden: Collection[str] = (),
+    stop: StopSignal | None = None,
+) -> Metrics:
     """Trains to the end and returns the last evaluation, or {} when stopped by a signal.
+
+    Args:
+      config: stays as it is.
+      workdir: what is there is continued.
+      overridden: fields that the weights of `config.init_from` shall not decide.
+      stop: where somebody else listens for signals already.
 
     Raises:
       UserError: for everything that the person who wrote `config` can mend.
     """
+    config, before = resolve(config, workdir, overridden)
     run = build(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -337,9 +415,10 @@ def train(config: ConfigDict, workdir: Path) -> Metrics:
             f"the work directory {workdir} cannot be made ({error.strerror}): choose another"
         ) from error
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
+        stop = stop or stack.enter_context(StopSignal())
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
-        state = begin(run, checkpoints, workdir)
+        state = begin(run, checkpoints, workdir, before)
+        del before  # or the memory of its arrays would be held until the end
         first_step = int(state.step)
         log = stack.enter_context(MetricWriter(workdir, first_step, run.plan.total))
         log.say(describe(run, state, workdir))
@@ -375,8 +454,12 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Where results go; what is there is continued.")
 
 
-def main(positional: list[str]) -> None:
-    cli.no_positional(positional)
+def from_flags() -> tuple[ConfigDict, Path, list[str]]:
+    """The configuration, the work directory, and the fields set on the command line.
+
+    Raises:
+      UserError: a flag is missing, or the file cannot be read.
+    """
     workdir, config = Path(cli.required("workdir")), cli.required("config")
     flag = flags.FLAGS["config"]
     try:
@@ -384,9 +467,14 @@ def main(positional: list[str]) -> None:
     except OSError as error:
         path = config_flags.get_config_filename(flag)
         raise UserError(f"--config={path} cannot be read: check the path") from error
-    overridden = config_flags.get_override_values(flag)
-    configuration.prefer_overrides(config, list(overridden))
-    result = train(config, workdir)
+    overridden = list(config_flags.get_override_values(flag))
+    configuration.prefer_overrides(config, overridden)
+    return config, workdir, overridden
+
+
+def main(positional: list[str]) -> None:
+    cli.no_positional(positional)
+    result = train(*from_flags())
     if result:
         print(f"accuracy {result['eval/accuracy']:.4f} of {result['eval/count']} examples")
 

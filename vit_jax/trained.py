@@ -1,6 +1,5 @@
 """A trained model, opened with nothing else given: a work directory, or published weights."""
 
-import dataclasses
 import json
 import os
 import shutil
@@ -18,8 +17,9 @@ from vit_jax import config as configuration
 from vit_jax import experiment
 from vit_jax.errors import UserError
 from vit_jax.interop import download
-from vit_jax.interop.load import Imported, load_weights, variant_name
-from vit_jax.models.vit import Model, Params
+from vit_jax.interop.load import Imported, load_weights
+from vit_jax.models import registry
+from vit_jax.models.model import Model, Params
 from vit_jax.training import sharding
 from vit_jax.training.checkpoint import Checkpoints, abstract, load_card, load_params
 
@@ -122,10 +122,7 @@ def from_imported(imported: Imported, mesh: Mesh) -> Trained:
     config.data.value_range = imported.value_range
     config.data.eval_transform = imported.eval_transform
     config.init_resize = imported.posemb_resize
-    config.model.variant = variant_name(cfg) or f"mu/{cfg.patch_size}"
-    for field in dataclasses.fields(cfg):
-        if field.name in config.model:
-            config.model[field.name] = getattr(cfg, field.name)
+    config.model.update(registry.fields_of(cfg))
     names = imported.class_names or tuple(map(str, range(cfg.num_classes)))
     return Trained(
         config=config,

@@ -10,10 +10,11 @@ from vit_jax.data.preprocess import VALUE_RANGES, parse_transform
 from vit_jax.errors import UserError
 from vit_jax.interop import files, google, huggingface, timm
 from vit_jax.interop.families import FAMILIES
-from vit_jax.interop.load import load_weights, variant_name
+from vit_jax.interop.load import load_weights
+from vit_jax.models.registry import variant_name
 from vit_jax.interop.positions import METHODS
 from vit_jax.models.variants import VARIANTS
-from vit_jax.models.vit import ViTConfig
+from vit_jax.models.vit_config import ViTConfig
 
 
 @pytest.mark.parametrize("name", FAMILIES)

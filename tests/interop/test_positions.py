@@ -3,14 +3,19 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import scipy.interpolate
 import scipy.ndimage
 
+from tests.interop.tiny_models import model
 from vit_jax.errors import UserError
+from vit_jax.interop.families import expected_shapes, flatten
 from vit_jax.interop.positions import (
     METHODS,
+    _geometric_points,
     resize_embedding,
     resize_grid,
     resize_params,
+    resize_relative,
 )
 from vit_jax.models import vit
 
@@ -90,10 +95,56 @@ def test_dinos_scale_is_torchs_scale_factor():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_constants_and_equal_grids_stay(method):
-    ones = resize_grid(np.ones((12, 2)), (3, 4), (5, 9), method)
+    ones = resize_grid(np.ones((15, 2)), (3, 5), (5, 9), method)
     np.testing.assert_allclose(ones, 1.0, atol=1e-12)
     x = table((3, 4))
     assert resize_grid(x, (3, 4), (3, 4), method) is x
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [((3, 3), (5, 4)), ((4, 5), (2, 3)), ((14, 14), (24, 24))]
+)
+def test_offsets_of_beit_keep_near_values_and_its_last_rows(old, new):
+    """Splines through a geometric series: the middle stays, the edges reach the new edges."""
+    rng = np.random.default_rng(0)
+    size = lambda grid: (2 * grid[0] - 1, 2 * grid[1] - 1)
+    (rows, columns), (new_rows, new_columns) = size(old), size(new)
+    x = rng.standard_normal((rows * columns + 3, 2))
+    for method in ("geometric", "geometric_cubic"):
+        found = resize_relative(x, old, new, method)
+        np.testing.assert_array_equal(found[-3:], x[-3:])
+        grid, before = found[:-3].reshape(*size(new), 2), x[:-3].reshape(rows, columns, 2)
+        # Offset 0 and, growing, +-1 are points of the series; corners are its ends.
+        middle, centre = (new_rows // 2, new_columns // 2), (rows // 2, columns // 2)
+        np.testing.assert_allclose(grid[middle], before[centre], atol=1e-12)
+        if new > old:
+            near, next_to = (middle[0] + 1, middle[1] - 1), (centre[0] + 1, centre[1] - 1)
+            np.testing.assert_allclose(grid[near], before[next_to], atol=1e-12)
+            np.testing.assert_allclose(grid[0, -1], before[0, -1], atol=1e-3)
+
+
+def test_the_cubic_way_is_scipys_spline_on_the_grid():
+    x = np.random.default_rng(0).standard_normal((27, 27))
+    points = _geometric_points(27, 47)
+    wanted = np.clip(np.arange(-23, 24), points[0], points[-1])
+    expected = scipy.interpolate.RectBivariateSpline(points, points, x, s=0)(wanted, wanted)
+    found = resize_grid(x.reshape(-1, 1), (27, 27), (47, 47), "geometric_cubic")
+    np.testing.assert_allclose(found.reshape(47, 47), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("posemb_at", ["stem", "layers", "shared"])
+def test_every_layers_tables_are_resized(posemb_at):
+    cfg, params = model(posemb_at=posemb_at, relative="bias")
+    new = dataclasses.replace(cfg, image_size=(24, 40))
+    resized = resize_params(params, cfg, new, "bicubic")
+    shapes = {name: leaf.shape for name, leaf in flatten(resized).items()}
+    assert shapes == expected_shapes(new)
+
+
+def test_one_dimensional_relative_positions_cannot_be_resized():
+    cfg, params = model(relative="keys")
+    with pytest.raises(UserError, match="relative='keys'"):
+        resize_params(params, cfg, dataclasses.replace(cfg, image_size=(24, 40)), "corner")
 
 
 @pytest.mark.parametrize("first", [0, 1, 2, 5])

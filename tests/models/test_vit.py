@@ -8,6 +8,8 @@ import pytest
 
 from vit_jax.errors import UserError
 from vit_jax.models import vit
+from vit_jax.models.model import count_parameters
+from vit_jax.models.positions import posemb_sincos_2d
 from vit_jax.models.variants import decode_variant
 
 KEY = jax.random.key(0)
@@ -33,7 +35,7 @@ def make(name, image_size=(224, 224), num_classes=1000, **fields):
 
 
 def count(model):
-    return vit.count_parameters(jax.eval_shape(model.init, KEY))
+    return count_parameters(jax.eval_shape(model.init, KEY))
 
 
 def small(**fields):
@@ -368,14 +370,14 @@ def test_posemb_sincos_2d_golden_values():
         [0, 0, 1, 1, 0.841471, 0.0001, 0.540302, 1],
         [0.841471, 0.0001, 0.540302, 1, 0.841471, 0.0001, 0.540302, 1],
     ]
-    np.testing.assert_allclose(vit.posemb_sincos_2d((2, 2), 8), expected, atol=1e-6)
-    table = np.asarray(vit.posemb_sincos_2d((14, 14), 384), np.float64)
+    np.testing.assert_allclose(posemb_sincos_2d((2, 2), 8), expected, atol=1e-6)
+    table = np.asarray(posemb_sincos_2d((14, 14), 384), np.float64)
     assert table.sum() == pytest.approx(34742.7630, abs=0.01)
     np.testing.assert_allclose(table[1, :4], [0.841471, 0.788029, 0.733691, 0.6799], atol=1e-5)
 
 
 def test_posemb_sincos_2d_counts_columns_first_on_a_non_square_grid():
-    table = vit.posemb_sincos_2d((2, 3), 8)
+    table = posemb_sincos_2d((2, 3), 8)
     assert table.shape == (6, 8)
     np.testing.assert_allclose(table[2, 0], np.sin(2.0), rtol=1e-5)  # row 0, column 2
     np.testing.assert_allclose(table[3, 4], np.sin(1.0), rtol=1e-5)  # row 1, column 0
@@ -476,7 +478,7 @@ def test_bfloat16_stays_near_float32():
     [
         ({"image_size": (10, 8)}, r"image_size is \(10, 8\).*multiples of 4"),
         ({"image_size": (0, 8)}, r"image_size"),
-        ({"pool": "mean"}, r"model\.pool is 'mean': use one of cls, gap, map"),
+        ({"pool": "mean"}, r"model\.pool is 'mean': use one of cls, gap, cls_gap, map"),
         ({"posemb": "rope"}, r"model\.posemb is 'rope'"),
         ({"gelu": "fast"}, r"model\.gelu is 'fast': use one of tanh, erf"),
         ({"dtype": "float16"}, r"model\.dtype is 'float16'"),

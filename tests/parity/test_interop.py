@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -12,12 +13,15 @@ from vit_jax.data.preprocess import normalize, parse_transform
 from vit_jax.interop import google, huggingface, timm
 from vit_jax.interop.families import expected_shapes, nest
 from vit_jax.interop.load import load_weights
+from vit_jax.interop.positions import resize_params
 from vit_jax.models import vit
 
 pytestmark = [
     pytest.mark.parity,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of torch, on import
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers, on import
+    pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning"),  # of timm's BEiT
+    pytest.mark.filterwarnings("ignore:Using a non-tuple sequence:UserWarning"),
 ]
 torch = pytest.importorskip("torch")
 
@@ -71,17 +75,23 @@ def assert_same_state(module, arrays):
 # ---- timm ----------------------------------------------------------------------------------
 
 
-def timm_model(shape, image_size, **options):
+def timm_model(shape, image_size, kind="vit", **options):
     library = pytest.importorskip("timm")
+    network = library.models.VisionTransformer
+    if kind == "deit_distilled":
+        network = library.models.deit.VisionTransformerDistilled
+    if kind.startswith("beit"):
+        network = library.models.beit.Beit
+    if options.pop("swiglu", False):
+        options |= {"mlp_layer": library.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU}
     return randomize(
-        library.models.VisionTransformer(
+        network(
             img_size=image_size,
             patch_size=shape["patch"],
             embed_dim=shape["width"],
             depth=shape["depth"],
             num_heads=shape["heads"],
-            mlp_ratio=shape["mlp_dim"] / shape["width"],
-            **{"num_classes": 7} | options,
+            **{"num_classes": 7, "mlp_ratio": shape["mlp_dim"] / shape["width"]} | options,
         )
     )
 
@@ -99,21 +109,35 @@ TIMM = {
     "registers_with_positions": {"reg_tokens": 3},
     "gap": {"class_token": False, "global_pool": "avg", "fc_norm": False},
     "siglip": {"class_token": False, "global_pool": "map"},
+    "map_with_class_token": {"global_pool": "map"},
+    "mae_finetuned": {"global_pool": "avg"},
+    "gap_registers": {
+        "class_token": False,
+        "reg_tokens": 2,
+        "global_pool": "avg",
+        "fc_norm": False,
+        "no_embed_class": True,
+    },
+    "deit_distilled": {},
+    "dinov2_giant": {"num_classes": 0, "init_values": 0.1, "mlp_ratio": 3, "swiglu": True},
+    "beit": {"use_rel_pos_bias": True, "use_abs_pos_emb": False, "init_values": 0.1},
+    "beit_pretrained": {"use_shared_rel_pos_bias": True, "global_pool": "token"},
+    "beit_absolute": {"global_pool": "token", "num_classes": 0},
 }
 
 
 @CASES
 @pytest.mark.parametrize("kind", TIMM)
 def test_timm_models(tmp_path, kind, shape, image_size):
-    theirs = timm_model(shape, image_size, **TIMM[kind])
+    theirs = timm_model(shape, image_size, kind, **TIMM[kind])
     torch.save({"model": theirs.state_dict()}, tmp_path / "checkpoint")
     found = load_weights(tmp_path / "checkpoint", image_size, shape["heads"])
     x, tensor = images(image_size)
     logits, out = ours(found, x)
     assert_close(logits, theirs(tensor))
     assert_close(out["encoded"], theirs.forward_features(tensor))
-    if kind != "registers_with_positions":
-        row = kind not in ("deit3", "dinov2_reg")
+    if kind not in ("registers_with_positions", "beit_pretrained"):
+        row = kind not in ("deit3", "dinov2_reg", "gap_registers")
         assert_same_state(theirs, timm.state_dict(found.cfg, found.params, class_row=row))
 
 
@@ -170,7 +194,7 @@ def test_timm_reads_googles_layout_as_we_write_it(tmp_path, shape, kind):
 
 def hf_model(name, shape, image_size, **options):
     library = pytest.importorskip("transformers")
-    config = getattr(library, name.replace("ForImageClassification", "Model"))
+    config = getattr(library, re.sub(r"For.*", "Model", name))
     mlp = {"intermediate_size": shape["mlp_dim"]}
     if "Dinov2" in name:
         mlp = {"mlp_ratio": 2}
@@ -234,6 +258,119 @@ def test_hugging_faces_dinov2(tmp_path, name, shape):
     expected, (features, out) = theirs(tensor), ours(found, x)
     assert_close(out["encoded"], expected.last_hidden_state)
     assert_close(features, expected.pooler_output)
+
+
+HUGGING_FACE = {
+    "deit_distilled": ("DeiTForImageClassificationWithTeacher", {}),
+    "deit_one_head": ("DeiTForImageClassification", {}),
+    "deit_pooler": ("DeiTModel", {}),
+    "beit": ("BeitForImageClassification", {"use_relative_position_bias": True}),
+    "beit_class_token": (
+        "BeitForImageClassification",
+        {"use_absolute_position_embeddings": True, "use_mean_pooling": False},
+    ),
+    "beit_headless": ("BeitModel", {"use_relative_position_bias": True}),
+    "dinov2": ("Dinov2ForImageClassification", {}),
+    "dinov2_giant": ("Dinov2ForImageClassification", {"use_swiglu_ffn": True}),
+    "dinov2_giant_headless": ("Dinov2Model", {"use_swiglu_ffn": True}),
+    "dinov2_registers": (
+        "Dinov2WithRegistersForImageClassification",
+        {"num_register_tokens": 3},
+    ),
+}
+
+
+@CASES
+@pytest.mark.parametrize("kind", HUGGING_FACE)
+def test_hugging_faces_other_models_and_back(tmp_path, kind, shape, image_size):
+    transformers = pytest.importorskip("transformers")
+    name, options = HUGGING_FACE[kind]
+    if "deit" not in kind:
+        # DINOv2 and BEiT's absolute positions take squares only there, and the table of
+        # BEiT's relative ones is reshaped to (columns, rows), which only squares survive.
+        image_size = (32, 32)
+    labels = {i: f"class {i}" for i in range(4)}
+    theirs = hf_model(name, shape, image_size, id2label=labels, **options)
+    if "dinov2" in kind:
+        theirs.base_model.embeddings.mask_token.data.zero_()  # pre-training only, we drop it
+    theirs.save_pretrained(tmp_path / "theirs")
+    found = load_weights(tmp_path / "theirs")
+    assert found.cfg.image_size == image_size
+    x, tensor = images(image_size)
+    expected = theirs(tensor)
+    expected = expected.logits if found.cfg.num_classes else expected.pooler_output
+    assert_close(ours(found, x)[0], expected)
+    huggingface.write(tmp_path / "ours", found.cfg, found.params, found.class_names)
+    assert_same_files(tmp_path / "theirs", tmp_path / "ours")
+    again = getattr(transformers, name).from_pretrained(tmp_path / "ours").eval()(tensor)
+    again = again.logits if found.cfg.num_classes else again.pooler_output
+    torch.testing.assert_close(again, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert load_weights(tmp_path / "ours").cfg == found.cfg
+    # The names of the modules of transformers 5, and no configuration beside the file.
+    torch.save(theirs.state_dict(), tmp_path / "state.bin")
+    bare = load_weights(tmp_path / "state.bin", image_size, shape["heads"])
+    assert_close(ours(bare, x)[0], expected)
+
+
+def test_beits_pretraining_shares_one_table(tmp_path):
+    theirs = hf_model(
+        "BeitForMaskedImageModeling",
+        SIZES[0],
+        (32, 32),
+        use_shared_relative_position_bias=True,
+        use_mask_token=True,
+        use_mean_pooling=False,
+        vocab_size=8,
+    )
+    theirs.save_pretrained(tmp_path)
+    found = load_weights(tmp_path)
+    assert any("copied to each" in note for note in found.notes)
+    x, tensor = images((32, 32))
+    expected = theirs.beit(tensor).last_hidden_state
+    assert_close(ours(found, x)[1]["encoded"], expected)
+
+
+def resized(found, size, method=None):
+    """`found` for images of another size, positions as its own code resizes them."""
+    cfg = dataclasses.replace(found.cfg, image_size=size)
+    params = resize_params(found.params, found.cfg, cfg, method or found.posemb_resize)
+    return dataclasses.replace(found, cfg=cfg, params=params)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (24, 40), (16, 16)])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("ViTForImageClassification", {}),
+        ("DeiTForImageClassificationWithTeacher", {}),
+        ("BeitForImageClassification", {"use_relative_position_bias": True}),
+        ("Dinov2ForImageClassification", {}),
+        ("Dinov2WithRegistersForImageClassification", {"num_register_tokens": 3}),
+    ],
+)
+def test_resized_as_hugging_face_resizes(tmp_path, name, options, size):
+    theirs = hf_model(name, SIZES[1], (32, 32), **options)
+    theirs.save_pretrained(tmp_path)
+    found = resized(load_weights(tmp_path), size)
+    x, tensor = images(size)
+    extra = {} if "Dinov2" in name or "Beit" in name else {"interpolate_pos_encoding": True}
+    assert_close(ours(found, x)[0], theirs(tensor, **extra).logits)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (24, 40), (16, 16)])
+@pytest.mark.parametrize("kind", ["vit", "deit3", "siglip", "beit", "deit_distilled"])
+def test_resized_as_timm_resizes(tmp_path, kind, size):
+    """timm resizes weights when they are loaded into a model of another size."""
+    theirs = timm_model(SIZES[1], (32, 32), kind, **TIMM[kind])
+    torch.save(theirs.state_dict(), tmp_path / "checkpoint")
+    method = "geometric" if kind == "beit" else "bicubic_antialias"
+    found = resized(load_weights(tmp_path / "checkpoint", None, 5), size, method)
+    larger = timm_model(SIZES[1], size, kind, **TIMM[kind])
+    library = pytest.importorskip("timm")
+    module = library.models.beit if kind == "beit" else library.models.vision_transformer
+    larger.load_state_dict(module.checkpoint_filter_fn(theirs.state_dict(), larger))
+    x, tensor = images(size)
+    assert_close(ours(found, x)[0], larger(tensor))
 
 
 @pytest.mark.parametrize("shape", SIZES)

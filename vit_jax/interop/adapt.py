@@ -9,9 +9,10 @@ from vit_jax.errors import UserError
 from vit_jax.interop.families import flatten
 from vit_jax.interop.positions import resize_params
 from vit_jax.models import vit
-from vit_jax.models.vit import Params, ViTConfig
+from vit_jax.models.model import Params
+from vit_jax.models.vit_config import ViTConfig
 
-_NEW = ("head",)  # always from the fresh initialisation
+_NEW = ("head", "head_dist")  # always from the fresh initialisation
 
 
 def adapt(

@@ -7,6 +7,7 @@ code that trained them, not in the file. A *family* names that code.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ import jax
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.models import vit
-from vit_jax.models.variants import VARIANTS, Variant
-from vit_jax.models.vit import Params, ViTConfig
+from vit_jax.models import registry
+from vit_jax.models.model import Params
+from vit_jax.models.positions import posemb_sincos_2d
+from vit_jax.models.registry import ModelConfig
+from vit_jax.models.variants import VARIANTS
+from vit_jax.models.vit_config import ViTConfig
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,9 +69,8 @@ FAMILIES = {
         "erf", 1e-12, "bicubic", "inception", "resize(method='bilinear_antialias')"
     ),
     "deit": Family("erf", 1e-6, "bicubic", "imagenet", _BICUBIC),
-    # For completeness: its relative position bias cannot be read yet. BEiT resizes that table
-    # in a way of its own; `bicubic` holds only for models with absolute position embeddings.
-    "beit": Family("erf", 1e-6, "bicubic", "inception", _BICUBIC, 0.9),
+    # Those trained on ImageNet-22k; 1k alone, and BEiT v2, have `imagenet` pixels.
+    "beit": Family("erf", 1e-6, "geometric_cubic", "inception", _BICUBIC, 0.9),
     "dino": Family("erf", 1e-6, "bicubic_dino", "imagenet", _BICUBIC),
     # Without registers; with them it resizes by `bicubic_antialias`.
     "dinov2": Family("erf", 1e-6, "bicubic_dino", "imagenet", _BICUBIC),
@@ -92,7 +95,7 @@ class Imported:
     """
 
     family: str
-    cfg: ViTConfig
+    cfg: ModelConfig
     params: Params
     class_names: tuple[str, ...] | None
     value_range: str
@@ -102,7 +105,7 @@ class Imported:
 
 
 def imported(
-    family: str, cfg: ViTConfig, params: Params, notes: Iterable[str], **given: Any
+    family: str, cfg: ModelConfig, params: Params, notes: Iterable[str], **given: Any
 ) -> Imported:
     """An `Imported` with the preprocessing of its family, where `given` says nothing else."""
     preset = FAMILIES[family]
@@ -112,7 +115,7 @@ def imported(
         "eval_transform": preset.eval_transform(cfg.image_size),
         "posemb_resize": preset.posemb_resize,
     }
-    if family == "dinov2" and cfg.registers:
+    if family == "dinov2" and isinstance(cfg, ViTConfig) and cfg.registers:
         fields["posemb_resize"] = "bicubic_antialias"
     return Imported(family, cfg, params, notes=tuple(notes), **fields | given)
 
@@ -121,9 +124,9 @@ def imported(
 
 
 @functools.lru_cache(maxsize=64)
-def expected_shapes(cfg: ViTConfig) -> Mapping[str, tuple[int, ...]]:
+def expected_shapes(cfg: ModelConfig) -> Mapping[str, tuple[int, ...]]:
     """The shape of every parameter of `cfg`, by names joined with `/`."""
-    leaves = flatten(jax.eval_shape(vit.build(cfg).init, jax.random.key(0)))
+    leaves = flatten(jax.eval_shape(registry.build(cfg).init, jax.random.key(0)))
     return {name: leaf.shape for name, leaf in leaves.items()}
 
 
@@ -210,6 +213,27 @@ def square_grid(
     return image_size
 
 
+def relative_size(
+    rows: int, patch_size: int, image_size: tuple[int, int] | None, source: Path
+) -> tuple[int, int]:
+    """The image size (H, W) of a table of relative positions, as `square_grid` has it.
+
+    Raises:
+      UserError: the table is not for that size, or for no square.
+    """
+    if image_size:
+        height, width = (size // patch_size for size in image_size)
+    else:
+        height = width = (math.isqrt(max(rows - 3, 0)) + 1) // 2
+    if (2 * height - 1) * (2 * width - 1) + 3 != rows:
+        size = f"an image of {image_size[0]} x {image_size[1]}" if image_size else "a square"
+        raise UserError(
+            f"{source} has {rows} relative positions, which are not those of {size} in "
+            f"patches of {patch_size} pixels: say the image size that they were made for"
+        )
+    return height * patch_size, width * patch_size
+
+
 def guess_heads(depth: int, width: int, mlp_dim: int, source: Path) -> tuple[int, str]:
     """The number of heads where a file does not say it, and a note to the reader.
 
@@ -228,13 +252,9 @@ def guess_heads(depth: int, width: int, mlp_dim: int, source: Path) -> tuple[int
     return heads, f"The file does not say the number of heads: {heads}, of width 64, assumed."
 
 
-def variant_name(cfg: ViTConfig) -> str | None:
-    """The name of the variant, such as `B/16`, or None if the table has no such shape."""
-    shape = Variant(cfg.depth, cfg.width, cfg.mlp_dim, cfg.num_heads)
-    for name, variant in VARIANTS.items():
-        if variant == shape:
-            return f"{name}/{cfg.patch_size}"
-    return None
+def class_token(found: bool, pool: str) -> bool | None:
+    """The field `class_token` of a configuration: None where the pooling decides it."""
+    return None if found == (pool in ("cls", "cls_gap")) else found
 
 
 # ---- the one check -------------------------------------------------------------------------
@@ -270,16 +290,16 @@ def learned_positions(cfg: ViTConfig, params: Params) -> np.ndarray:
     rows, columns = cfg.grid
     table = np.zeros((rows * columns, cfg.width), np.float32)
     if cfg.posemb == "sincos2d":
-        table = np.asarray(vit.posemb_sincos_2d(cfg.grid, cfg.width))
+        table = np.asarray(posemb_sincos_2d(cfg.grid, cfg.width))
     elif cfg.posemb == "learned_2d":
         halves = encoder["posembed_input"]
         shape = (rows, columns, cfg.width // 2)
         x = np.broadcast_to(halves["pos_embedding_x"], shape)
         y = np.broadcast_to(np.asarray(halves["pos_embedding_y"])[:, None], shape)
         table = np.concatenate([x, y], axis=-1).reshape(table.shape)
-    return with_class_row(table[None], cfg.pool == "cls")
+    return with_prefix_rows(table[None], cfg.positioned_prefix)
 
 
-def with_class_row(table: np.ndarray, wanted: bool) -> np.ndarray:
-    """A zero row in front: a class token without a position is one whose position is zero."""
-    return np.pad(table, ((0, 0), (int(wanted), 0), (0, 0)))
+def with_prefix_rows(table: np.ndarray, count: int) -> np.ndarray:
+    """Zero rows in front: a token without a position is one whose position is zero."""
+    return np.pad(table, ((0, 0), (count, 0), (0, 0)))

@@ -31,10 +31,11 @@ from vit_jax.interop.families import (
     nest,
     rename,
     square_grid,
-    with_class_row,
+    with_prefix_rows,
 )
 from vit_jax.interop.torch_layout import POSITIONS, export
-from vit_jax.models.vit import Params, ViTConfig
+from vit_jax.models.model import Params
+from vit_jax.models.vit_config import ViTConfig
 
 _PREFIXES = ("", "opt/target/", "params/", "params/img/")
 _LINEN = {
@@ -77,7 +78,8 @@ def read(arrays: Arrays, source: Path, image_size: tuple[int, int] | None = None
         family = "big_vision"
     if "MAPHead_0/probe" in arrays and "cls" in arrays:
         raise UserError(
-            f"{source} has a class token and attention pooling: our model has one of them"
+            f"{source} cannot be held exactly by our model: it pools the class token with the "
+            f"patches, ours the patches alone"
         )
     arrays, cfg = _configure(arrays, family, source, image_size, notes)
     check_arrays(arrays, expected_shapes(cfg), source)
@@ -195,7 +197,7 @@ def _positions(
         # big_vision adds its positions before the class token; its early files did not.
         class_row = not _is_square(rows) and _is_square(rows - 1) and image_size is None
     image_size = square_grid(rows - class_row, patch, image_size, source)
-    table = with_class_row(arrays[place], pool == "cls" and not class_row)
+    table = with_prefix_rows(arrays[place], int(pool == "cls" and not class_row))
     rest = {name: value for name, value in arrays.items() if name != place}
     return rest | {POSITIONS: table}, "learned", image_size
 
@@ -221,6 +223,12 @@ def write(path: Path, cfg: ViTConfig, params: Params) -> tuple[str, ...]:
     for present, what in (
         (cfg.registers, "registers"),
         (cfg.layer_scale_init is not None, "LayerScale"),
+        (cfg.distillation != "none", "distillation token"),
+        (cfg.relative != "none", "relative positions"),
+        (cfg.mlp != "gelu", "SwiGLU"),
+        (not cfg.key_bias, "keys without a bias"),
+        (cfg.final_norm != "encoder", "LayerNorm after pooling"),
+        (cfg.has_class_token != (cfg.pool == "cls"), f"class token with pooling {cfg.pool!r}"),
     ):
         if present:
             raise UserError(f"cannot write {path}: Google's layout has no {what}")

@@ -1,8 +1,7 @@
 """Hugging Face folders: `config.json`, `model.safetensors`, `preprocessor_config.json`.
 
-Two generations of names: those of files, which transformers 4 also used for its modules, and
-those of the modules of transformers 5, which still writes the old ones. Both are read, the
-old ones are written. There, DeiT without a distillation token is a ViT.
+ViT, DeiT (whose models without a distillation token are ViTs there), BEiT, DINOv2 with and
+without registers, and the encoders of ViT-MAE.
 
 https://github.com/huggingface/transformers
 """
@@ -23,79 +22,41 @@ from vit_jax.interop.families import (
     Arrays,
     Imported,
     axes,
+    class_token,
     configure,
     guess_heads,
     imported,
+    relative_size,
     rename,
     square_grid,
+)
+from vit_jax.interop.huggingface_names import (
+    PATCHES,
+    PREFIXES,
+    PRETRAINING,
+    SHARED_TABLE,
+    TABLE,
+    canonical,
+    guess_type,
+    layout,
 )
 from vit_jax.interop.preprocessing import from_processor, to_processor
 from vit_jax.interop.torch_layout import (
     POSITIONS,
-    Layout,
     convert,
     count_blocks,
     export,
-    refuse,
+    join,
+    split,
     to_torch,
 )
-from vit_jax.models.vit import Params, ViTConfig
+from vit_jax.models.model import Params
+from vit_jax.models.vit_config import ViTConfig
 
-_ATTENTION = "MultiHeadDotProductAttention_0"
-_COMMON = {
-    "cls": "embeddings.cls_token",
-    "embedding": "embeddings.patch_embeddings.projection",
-    POSITIONS: "embeddings.position_embeddings",
-    "Transformer/registers": "embeddings.register_tokens",
-    f"{_ATTENTION}/query": "attention.attention.query",
-    f"{_ATTENTION}/key": "attention.attention.key",
-    f"{_ATTENTION}/value": "attention.attention.value",
-    f"{_ATTENTION}/out": "attention.output.dense",
-    "Transformer/encoder_norm": "layernorm",
-    "pre_logits": "pooler.dense",
-    "head": "classifier",
-}
-_VIT = Layout(
-    "encoder.layer.{i}.",
-    _COMMON
-    | {
-        "LayerNorm_0": "layernorm_before",
-        "LayerNorm_1": "layernorm_after",
-        "MlpBlock_0/Dense_0": "intermediate.dense",
-        "MlpBlock_0/Dense_1": "output.dense",
-    },
-)
-_DINOV2 = Layout(
-    "encoder.layer.{i}.",
-    _COMMON
-    | {
-        "LayerNorm_0": "norm1",
-        "LayerNorm_1": "norm2",
-        "LayerScale_0/gamma": "layer_scale1.lambda1",
-        "LayerScale_1/gamma": "layer_scale2.lambda1",
-        "MlpBlock_0/Dense_0": "mlp.fc1",
-        "MlpBlock_0/Dense_1": "mlp.fc2",
-    },
-)
-_MODULES = {  # of transformers 5 -> of files
-    r"^(?:encoder\.)?layers?\.(\d+)\.": r"encoder.layer.\1.",
-    r"\.attention\.q_proj\.": ".attention.attention.query.",
-    r"\.attention\.k_proj\.": ".attention.attention.key.",
-    r"\.attention\.v_proj\.": ".attention.attention.value.",
-    r"\.attention\.o_proj\.": ".attention.output.dense.",
-}
-_VIT_MODULES = {r"\.mlp\.fc1\.": ".intermediate.dense.", r"\.mlp\.fc2\.": ".output.dense."}
-
-_PATCHES = "embeddings.patch_embeddings.projection.weight"
-_PREFIXES = ("", "vit.", "dinov2.", "dinov2_with_registers.", "deit.", "beit.")
-_PRETRAINING = r"(embeddings\.mask_token|decoder\.)"
-_REFUSED = {
-    r"distillation": "it has a distillation token (DeiT)",
-    r"relative_position_bias|lambda_1": "it has a relative position bias (BEiT)",
-    r"weights_in|gate_proj|up_proj": "its MLP is a SwiGLU (DINOv2 giant)",
-}
 _FAMILY = {
     "vit": "huggingface",
+    "deit": "deit",
+    "beit": "beit",
     "vit_mae": "mae",
     "dinov2": "dinov2",
     "dinov2_with_registers": "dinov2",
@@ -169,7 +130,7 @@ def _read_shards(folder: Path, index: dict[str, Any], name: str) -> tuple[Arrays
 
 def recognises(names: Iterable[str]) -> bool:
     """Whether arrays of these names are a Vision Transformer of Hugging Face."""
-    return any(prefix + _PATCHES in names for prefix in _PREFIXES)
+    return any(prefix + PATCHES in names for prefix in PREFIXES)
 
 
 def read(
@@ -186,46 +147,38 @@ def read(
     """
     notes: list[str] = []
     config = config if config and "model_type" in config else {}
-    refuse(state, _REFUSED, source)
-    state = _canonical(state, source)
-    mae = any(name.startswith("decoder.decoder_") for name in state)
-    if left := [name for name in state if re.match(_PRETRAINING, name)]:
-        state = {name: x for name, x in state.items() if name not in left}
-        notes.append(f"Left out: {len(left)} arrays, which only pre-training uses.")
-    scaled = "encoder.layer.0.layer_scale1.lambda1" in state
-    guess = "dinov2" if scaled else "vit_mae" if mae else "vit"
-    model = str(config.get("model_type", guess))
+    prefix = next(p for p in PREFIXES if p + PATCHES in state)
+    dinov2 = any(".layer_scale1." in name for name in state)
+    state = rename(state, lambda name: canonical(name, prefix, dinov2), source)
+    model = str(config.get("model_type", guess_type(state)))
     if model not in _FAMILY:
         raise UserError(f"{source} is a {model!r}, which is none of {', '.join(_FAMILY)}")
-    if scaled and "classifier.weight" in state:
-        raise UserError(
-            f"{source} cannot be held exactly by our model: its head reads the class token "
-            f"and the mean of the patches, ours one of them"
-        )
+    if left := [name for name in state if re.match(PRETRAINING, name)]:
+        state = {name: x for name, x in state.items() if name not in left}
+        notes.append(f"Left out: {len(left)} arrays, which only pre-training uses.")
+    names = layout(model, state)
+    state = _unshare(split(state, names, source), notes)
     cfg = _configure(state, model, config, source, image_size, num_heads, notes)
-    params = convert(state, cfg, _DINOV2 if scaled else _VIT, source)
+    params = convert(state, cfg, names, source)
     folder = source if source.is_dir() else source.parent
     processor = _read_json(folder / "preprocessor_config.json") if config else None
     given = from_processor(processor, cfg, notes) if processor else {}
     given["class_names"] = _class_names(config, cfg.num_classes)
+    # Their code resizes in ways of its own: BEiT originally by splines, DINOv2 by an odd scale.
+    if model in ("beit", "dinov2"):
+        given["posemb_resize"] = "half_pixel" if model == "beit" else "bicubic"
     return imported(_FAMILY[model], cfg, params, notes, **given)
 
 
-def _canonical(state: Arrays, source: Path) -> Arrays:
-    """The names of files, without the prefix that a model with a head gives its encoder."""
-    prefix = next(p for p in _PREFIXES if p + _PATCHES in state)
-    dinov2 = any(".layer_scale1." in name for name in state)
-    rules = list((_MODULES if dinov2 else _MODULES | _VIT_MODULES).items())
-
-    def name(old: str) -> str:
-        new = old.removeprefix(prefix)
-        if new.startswith("decoder."):
-            return new
-        for pattern, replacement in rules:
-            new = re.sub(pattern, replacement, new)
-        return new
-
-    return rename(state, name, source)
+def _unshare(state: Arrays, notes: list[str]) -> Arrays:
+    """BEiT's pre-training has one table for all layers; its fine-tuning one for each."""
+    state = {name: x for name, x in state.items() if "relative_position_index" not in name}
+    if SHARED_TABLE not in state:
+        return state
+    shared = state.pop(SHARED_TABLE)
+    notes.append("The relative position bias, shared by all layers, was copied to each.")
+    depth = count_blocks(state, r"encoder\.layer\.(\d+)\.")
+    return state | {f"encoder.layer.{i}.{TABLE}": shared for i in range(depth)}
 
 
 def _number(config: dict[str, Any], key: str, default: Any, source: Path) -> Any:
@@ -246,13 +199,12 @@ def _configure(
     notes: list[str],
 ) -> ViTConfig:
     """Reads the numbers of the model off the shapes, and what they do not say off `config`."""
-    width, channels, patch, _ = axes(state, _PATCHES, 4, source)
-    registers = "embeddings.register_tokens"
-    rows = axes(state, "embeddings.position_embeddings", 3, source)[1]
+    width, channels, patch, _ = axes(state, PATCHES, 4, source)
     block = "encoder.layer.0."
-    scaled = f"{block}layer_scale1.lambda1" in state
-    mlp = block + ("mlp.fc1.weight" if scaled else "intermediate.dense.weight")
-    mlp_dim, _ = axes(state, mlp, 2, source)
+    swiglu = f"{block}mlp.weights_out.weight" in state
+    dinov2 = model.startswith("dinov2")
+    mlp = "mlp.weights_out" if swiglu else "mlp.fc2" if dinov2 else "output.dense"
+    mlp_dim = axes(state, f"{block}{mlp}.weight", 2, source)[1]
     depth = count_blocks(state, r"encoder\.layer\.(\d+)\.")
     if num_heads is None and config:
         num_heads = _number(config, "num_attention_heads", 12, source)
@@ -264,22 +216,46 @@ def _configure(
         raise UserError(f"{source} cannot be held exactly by our model: hidden_act is {act!r}")
     if "pooler.dense.weight" in state and config.get("pooler_act", "tanh") != "tanh":
         raise UserError(f"{source} cannot be held exactly by our model: its pooler has no tanh")
-    # Hugging Face's defaults, which for MAE are not those of the original code.
-    epsilon = FAMILIES["dinov2" if scaled else "huggingface"].layer_norm_eps
+    # Hugging Face's defaults, which for MAE and BEiT are not those of the original code.
+    epsilon = FAMILIES["dinov2" if dinov2 else "huggingface"].layer_norm_eps
     outputs = lambda name: axes(state, name, 2, source)[0] if name in state else 0
+    distillation = "none"
+    if model == "deit" and "embeddings.distillation_token" in state:
+        distillation = "heads" if "distillation_classifier.weight" in state else "token"
+    pooled = "pooler.layernorm.weight" in state
+    num_classes = outputs("cls_classifier.weight") or outputs("classifier.weight")
+    pool = "cls_gap" if dinov2 and num_classes else "gap" if pooled else "cls"
+    given = image_size or _image_size(config)
+    positions, table = "embeddings.position_embeddings", f"{block}{TABLE}"
+    if positions in state:
+        rows = axes(state, positions, 3, source)[1] - 1 - (distillation != "none")
+        image_size = square_grid(rows, patch, given, source)
+    else:
+        rows = axes(state, table, 2, source)[0]
+        image_size = relative_size(rows, patch, given, source)
+    registers = "embeddings.register_tokens"
+    scale = {"beit": "lambda_1"}.get(model, "layer_scale1.lambda1" if dinov2 else "")
     return configure(
         source,
-        image_size=square_grid(rows - 1, patch, image_size or _image_size(config), source),
+        image_size=image_size,
         channels=channels,
         patch_size=patch,
         depth=depth,
         width=width,
         mlp_dim=mlp_dim,
         num_heads=num_heads,
-        num_classes=outputs("classifier.weight"),
+        num_classes=num_classes,
+        pool=pool,
+        class_token=class_token(True, pool),
+        distillation=distillation,
+        final_norm="pooled" if pooled else "encoder",
+        posemb="learned" if positions in state else "none",
+        relative="bias" if table in state else "none",
         representation_size=outputs("pooler.dense.weight") or None,
         registers=axes(state, registers, 3, source)[1] if registers in state else 0,
-        layer_scale_init=1e-5 if scaled else None,
+        layer_scale_init=1e-5 if f"{block}{scale}" in state else None,
+        mlp="swiglu" if swiglu else "gelu",
+        key_bias=model != "beit",
         gelu=_GELU[act],
         layer_norm_eps=float(_number(config, "layer_norm_eps", epsilon, source)),
     )
@@ -332,17 +308,7 @@ def write(
     Raises:
       UserError: a Hugging Face ViT has no place for something in the model.
     """
-    for present, what in (
-        (cfg.pool != "cls", f"pooling by {cfg.pool!r}, only a class token"),
-        (cfg.registers, "registers"),
-        (cfg.layer_scale_init is not None, "LayerScale"),
-        (
-            cfg.representation_size and cfg.num_classes,
-            "tanh layer (pre_logits) before its head",
-        ),
-    ):
-        if present:
-            raise UserError(f"cannot write {folder}: a Hugging Face ViT has no {what}")
+    model = _model_type(cfg, folder)
     if class_names is not None and len(class_names) != cfg.num_classes:
         raise UserError(
             f"cannot write {folder}: it has {cfg.num_classes} outputs, but {len(class_names)} "
@@ -350,16 +316,102 @@ def write(
         )
     notes: list[str] = []
     processor = to_processor(cfg, value_range, eval_transform, notes)
+    arrays = export(cfg, params, folder)
+    if cfg.posemb == "none" and model == "beit":
+        del arrays[POSITIONS]
+    names = layout(model, arrays)
     state = {}
-    for ours, value in export(cfg, params, folder).items():
-        prefix = "vit." if cfg.num_classes and not ours.startswith("head/") else ""
-        state[prefix + _VIT.name(ours)] = np.ascontiguousarray(to_torch(ours, value))
+    for ours, value in arrays.items():
+        prefix = f"{model}." if cfg.num_classes and not ours.startswith("head") else ""
+        state[prefix + names.name(ours)] = np.ascontiguousarray(to_torch(ours, value))
+    if model.startswith("dinov2"):  # which every model of theirs has
+        prefix = f"{model}." if cfg.num_classes else ""
+        state[f"{prefix}embeddings.mask_token"] = np.zeros((1, cfg.width), np.float32)
+    state = join(state, names)
+    config = _config(cfg, class_names) | _special(cfg, model)
     files.write_safetensors(folder / "model.safetensors", state)
     _write_json(folder / "preprocessor_config.json", processor)
-    _write_json(folder / "config.json", _config(cfg, class_names))
-    if not cfg.num_classes and not cfg.representation_size:
+    _write_json(folder / "config.json", config)
+    pooler = cfg.representation_size or model in ("beit", "dinov2", "dinov2_with_registers")
+    if not cfg.num_classes and not pooler:
         notes.append("Load it with ViTModel.from_pretrained(..., add_pooling_layer=False).")
     return tuple(notes)
+
+
+def _model_type(cfg: ViTConfig, folder: Path) -> str:
+    """Which of Hugging Face's models computes the same.
+
+    Raises:
+      UserError: none does.
+    """
+    relative, scaled = cfg.relative == "bias", cfg.layer_scale_init is not None
+    model, pools = "vit", {"cls"}
+    if relative or not cfg.key_bias or cfg.final_norm == "pooled":
+        model, pools = "beit", {"gap"} if cfg.final_norm == "pooled" else {"cls"}
+    elif scaled or cfg.registers or cfg.mlp == "swiglu":
+        model = "dinov2_with_registers" if cfg.registers else "dinov2"
+        pools = {"cls_gap"} if cfg.num_classes else {"cls"}
+    elif cfg.distillation != "none":
+        model = "deit"
+    for present, what in (
+        (cfg.pool not in pools or not cfg.has_class_token, f"pooling by {cfg.pool!r}"),
+        (cfg.registers and model != "dinov2_with_registers", "registers"),
+        (cfg.distillation != "none" and model != "deit", "distillation token"),
+        (cfg.mlp == "swiglu" and not model.startswith("dinov2"), "SwiGLU"),
+        (model == "beit" and cfg.key_bias, "bias of keys"),
+        (model.startswith("dinov2") and not scaled, "blocks without LayerScale"),
+        (
+            cfg.representation_size and cfg.num_classes,
+            "tanh layer (pre_logits) before its head",
+        ),
+        (cfg.representation_size and model not in ("vit", "deit"), "tanh layer (pre_logits)"),
+        (model.startswith("dinov2") and not _mlp_ratio(cfg), f"MLP of width {cfg.mlp_dim}"),
+    ):
+        if present:
+            raise UserError(f"cannot write {folder}: a Hugging Face {model} has no {what}")
+    return model
+
+
+def _mlp_ratio(cfg: ViTConfig) -> int | None:
+    """The whole number that DINOv2's configuration gives the width of the MLP by."""
+    for ratio in range(1, 17):
+        hidden = cfg.width * ratio
+        gated = (int(hidden * 2 / 3) + 7) // 8 * 8
+        if cfg.mlp_dim == (gated if cfg.mlp == "swiglu" else hidden):
+            return ratio
+    return None
+
+
+def _special(cfg: ViTConfig, model: str) -> dict[str, Any]:
+    """What the configuration of models other than the plain ViT says besides."""
+    head = {
+        "vit": "ViTForImageClassification",
+        "deit": "DeiTForImageClassification",
+        "beit": "BeitForImageClassification",
+        "dinov2": "Dinov2ForImageClassification",
+        "dinov2_with_registers": "Dinov2WithRegistersForImageClassification",
+    }[model]
+    head += "WithTeacher" * (cfg.distillation == "heads")
+    name = head if cfg.num_classes else re.sub(r"ForImage.*", "Model", head)
+    special: dict[str, Any] = {"architectures": [name], "model_type": model}
+    scale = cfg.layer_scale_init
+    if model == "beit":
+        special |= {
+            "use_absolute_position_embeddings": cfg.posemb != "none",
+            "use_relative_position_bias": cfg.relative == "bias",
+            "use_mean_pooling": cfg.pool == "gap",
+            "layer_scale_init_value": scale or 0.0,
+            "drop_path_rate": 0.0,
+        }
+    if model.startswith("dinov2"):
+        special |= {
+            "mlp_ratio": _mlp_ratio(cfg),
+            "use_swiglu_ffn": cfg.mlp == "swiglu",
+            "layerscale_value": scale,
+        }
+    if cfg.registers:
+        special["num_register_tokens"] = cfg.registers
+    return special
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -369,9 +421,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 def _config(cfg: ViTConfig, class_names: tuple[str, ...] | None) -> dict[str, Any]:
     height, width = cfg.image_size
-    config = {
-        "architectures": ["ViTForImageClassification" if cfg.num_classes else "ViTModel"],
-        "model_type": "vit",
+    config: dict[str, Any] = {
         "hidden_size": cfg.width,
         "num_hidden_layers": cfg.depth,
         "num_attention_heads": cfg.num_heads,

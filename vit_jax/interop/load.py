@@ -7,9 +7,9 @@ from typing import Any
 
 from vit_jax.errors import UserError
 from vit_jax.interop import files, google, huggingface, timm
-from vit_jax.interop.families import Imported, variant_name
+from vit_jax.interop.families import Imported
 
-__all__ = ["Imported", "load_weights", "variant_name"]
+__all__ = ["Imported", "load_weights"]
 
 
 def load_weights(

@@ -9,6 +9,9 @@ tables when shrinking). So the way has a name:
   bicubic            a = -0.75, centres, no antialias: DeiT, MAE, Hugging Face
   bicubic_antialias  a = -0.5, centres, antialias: timm otherwise, DINOv2 with registers
   bicubic_dino       `bicubic` with DINO's and DINOv2's scale of (new + 0.1) / old
+  geometric_cubic    BEiT's relative positions: cubic splines through points whose distance
+                     grows outwards as a geometric series, so that near offsets keep theirs
+  geometric          the same points, joined by straight lines: what timm does
 
 Each is a linear map of rows and one of columns, so a resize is two small matrix products in
 float64. Grids are (rows, columns); what decides whether to resize is the grid, not the number
@@ -19,9 +22,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from scipy.interpolate import make_interp_spline
 
 from vit_jax.errors import UserError
-from vit_jax.models.vit import ViTConfig
+from vit_jax.models.vit_config import ViTConfig
 
 Grid = tuple[int, int]
 
@@ -86,12 +90,40 @@ def _bicubic_antialias(old: int, new: int) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True)
 
 
+def _geometric_points(old: int, new: int) -> np.ndarray:
+    """Where the `old` (odd) offsets lie among the `new` ones, symmetric about 0.
+
+    Point i is 1 + q + ... + q^(i-1), with q such that the outermost is new // 2; q is found
+    between 1.01 and 1.5, as in BEiT's code.
+    """
+    half = np.arange(old // 2)
+    low, high = 1.01, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (q**half).sum() > new // 2 else (q, high)
+    points = np.cumsum(q**half)
+    return np.concatenate([-points[::-1], [0.0], points])
+
+
+def _geometric(old: int, new: int) -> np.ndarray:
+    points, wanted = _geometric_points(old, new), np.arange(new) - new // 2
+    return np.stack([np.interp(wanted, points, row) for row in np.eye(old)], axis=1)
+
+
+def _geometric_cubic(old: int, new: int) -> np.ndarray:
+    points, wanted = _geometric_points(old, new), np.arange(new) - new // 2
+    spline = make_interp_spline(points, np.eye(old), k=min(3, old - 1))
+    return spline(np.clip(wanted, points[0], points[-1]))
+
+
 METHODS: dict[str, Callable[[int, int], np.ndarray]] = {
     "corner": _corner,
     "half_pixel": _half_pixel,
     "bicubic": _bicubic,
     "bicubic_antialias": _bicubic_antialias,
     "bicubic_dino": _bicubic_dino,
+    "geometric": _geometric,
+    "geometric_cubic": _geometric_cubic,
 }
 
 
@@ -133,25 +165,58 @@ def resize_embedding(
     return np.concatenate([embedding[:, :first], patches[None]], axis=1)
 
 
+def resize_relative(table: np.ndarray, old: Grid, new: Grid, method: str) -> np.ndarray:
+    """Resizes BEiT's (offsets + 3, heads) table; the last three rows, of the class token, stay.
+
+    The offsets between two patches of a grid are a grid themselves, twice as large but one.
+    """
+    before, after = ((2 * rows - 1, 2 * columns - 1) for rows, columns in (old, new))
+    return np.concatenate([resize_grid(table[:-3], before, after, method), table[-3:]])
+
+
 def resize_params(params: Any, old: ViTConfig, new: ViTConfig, method: str = "corner") -> Any:
-    """Returns the parameters of model `old` with the positions of model `new`.
+    """Returns the parameters of model `old`, layers unstacked, with the positions of `new`.
 
     Learned tables are interpolated; sine-cosine ones are no parameters, and are computed for
     whatever grid the model has.
+
+    Raises:
+      UserError: the method is unknown, or positions of this kind cannot be resized.
     """
-    if old.grid == new.grid or old.posemb not in ("learned", "learned_2d"):
+    if old.grid == new.grid:
         return params
+    if old.relative == "keys":
+        raise UserError(
+            "model.relative='keys' counts positions in one dimension, which another grid "
+            "numbers differently: train at the size that you need"
+        )
     encoder = dict(params["Transformer"])
-    table = {name: np.asarray(x) for name, x in encoder["posembed_input"].items()}
-    if old.posemb == "learned":
-        table = {
-            "pos_embedding": resize_embedding(
-                table["pos_embedding"], old.grid, new.grid, method
-            )
-        }
-    else:
-        for name, axis in (("pos_embedding_y", 0), ("pos_embedding_x", 1)):
-            before, after = (old.grid[axis], 1), (new.grid[axis], 1)
-            table[name] = resize_grid(table[name], before, after, method)
-    encoder["posembed_input"] = table
+    if "posembed_input" in encoder:
+        encoder["posembed_input"] = _resize_tables(encoder["posembed_input"], old, new, method)
+    for name, block in encoder.items():
+        if not name.startswith("encoderblock_"):
+            continue
+        if "posembed_input" in block:
+            tables = _resize_tables(block["posembed_input"], old, new, method)
+            encoder[name] = block = {**block, "posembed_input": tables}
+        attention = block["MultiHeadDotProductAttention_0"]
+        if "relative" in attention:
+            table = np.asarray(attention["relative"]["table"])
+            table = resize_relative(table, old.grid, new.grid, method)
+            attention = {**attention, "relative": {"table": table}}
+            encoder[name] = {**block, "MultiHeadDotProductAttention_0": attention}
     return {**params, "Transformer": encoder}
+
+
+def _resize_tables(tables: Any, old: ViTConfig, new: ViTConfig, method: str) -> Any:
+    """The arrays of one `PositionEmbedding`."""
+    # BEiT's way is one for offsets; its absolute positions, where it has any, are bicubic.
+    method = "bicubic" if method.startswith("geometric") else method
+    tables = {name: np.asarray(x) for name, x in tables.items()}
+    if "pos_embedding" in tables:
+        table = resize_embedding(tables["pos_embedding"], old.grid, new.grid, method)
+        return {"pos_embedding": table}
+    for name, axis in (("pos_embedding_y", 0), ("pos_embedding_x", 1)):
+        before, after = (old.grid[axis], 1), (new.grid[axis], 1)
+        tables[name] = resize_grid(tables[name], before, after, method)
+    return tables

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.models.vit import ViTConfig
+from vit_jax.models.vit_config import ViTConfig
 
 # Mean and standard deviation of the channels of pixels in [0, 1].
 RANGES = {

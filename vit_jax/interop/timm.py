@@ -23,12 +23,14 @@ from vit_jax.interop.families import (
     Arrays,
     Imported,
     axes,
+    class_token,
     configure,
     guess_heads,
     imported,
+    relative_size,
     rename,
     square_grid,
-    with_class_row,
+    with_prefix_rows,
 )
 from vit_jax.interop.preprocessing import from_timm
 from vit_jax.interop.torch_layout import (
@@ -37,10 +39,13 @@ from vit_jax.interop.torch_layout import (
     convert,
     count_blocks,
     export,
+    join,
     refuse,
+    split,
     to_torch,
 )
-from vit_jax.models.vit import Params, ViTConfig
+from vit_jax.models.model import Params
+from vit_jax.models.vit_config import ViTConfig
 
 # ---- timm ----------------------------------------------------------------------------------
 
@@ -49,6 +54,7 @@ LAYOUT = Layout(
     "blocks.{i}.",
     {
         "cls": "cls_token",
+        "dist": "dist_token",
         "embedding": "patch_embed.proj",
         POSITIONS: "pos_embed",
         "Transformer/registers": "reg_token",
@@ -57,6 +63,7 @@ LAYOUT = Layout(
         f"{_ATTENTION}/key": "attn.qkv[key]",
         f"{_ATTENTION}/value": "attn.qkv[value]",
         f"{_ATTENTION}/out": "attn.proj",
+        f"{_ATTENTION}/relative/table": "attn.relative_position_bias_table",
         "LayerScale_0/gamma": "ls1.gamma",
         "LayerNorm_1": "norm2",
         "MlpBlock_0/Dense_0": "mlp.fc1",
@@ -71,27 +78,37 @@ LAYOUT = Layout(
         "MAPHead_0/LayerNorm_0": "attn_pool.norm",
         "MAPHead_0/MlpBlock_0/Dense_0": "attn_pool.mlp.fc1",
         "MAPHead_0/MlpBlock_0/Dense_1": "attn_pool.mlp.fc2",
+        "fc_norm": "fc_norm",
         "pre_logits": "pre_logits.fc",
         "head": "head",
+        "head_dist": "head_dist",
     },
+    {"attn.qkv": ("query", "key", "value"), "attn_pool.kv": ("key", "value")},
 )
-# Matrices that are several of ours on top of each other.
-_JOINED = {"qkv": ("query", "key", "value"), "kv": ("key", "value")}
+SWIGLU = LAYOUT._replace(
+    names=LAYOUT.names
+    | {"MlpBlock_0/gate": "mlp.fc1[gate]", "MlpBlock_0/Dense_0": "mlp.fc1[value]"},
+    joined={**LAYOUT.joined, "mlp.fc1": ("gate", "value")},
+)
 _PREFIXES = ("", "module.backbone.", "backbone.", "module.", "model.")
 _PAPERS = {
-    r"\.gamma_([12])$": r".ls\1.gamma",  # DeiT III
+    r"\.gamma_([12])$": r".ls\1.gamma",  # BEiT, DeiT III
+    r"\.attn\.q_bias$": ".attn.qkv[query].bias",  # BEiT
+    r"\.attn\.v_bias$": ".attn.qkv[value].bias",
     r"^register_tokens$": "reg_token",  # DINOv2
+    r"\.mlp\.w12\.": ".mlp.fc1.",
+    r"\.mlp\.w3\.": ".mlp.fc2.",
 }
-_PRETRAINING = r"(mask_token$|decoder_)"
-_SWIGLU = "its MLP is a SwiGLU (DINOv2 giant)"
+_PRETRAINING = r"(mask_token$|decoder_|lm_head\.)"
+_INDEX = r"(^|\.)relative_position_index$"  # follows from the shape
+_SHARED = "rel_pos_bias.relative_position_bias_table"
+_TABLE = "attn.relative_position_bias_table"
 _REFUSED = {
-    r"relative_position_bias|rel_pos": "it has a relative position bias (BEiT)",
-    r"q_bias|v_bias": "its keys have no bias (BEiT)",
-    r"dist_token|head_dist": "it has a distillation token (DeiT)",
-    r"mlp\.(w12|w3|fc1_g|fc1_x)\.": _SWIGLU,
-    r"^fc_norm\.": "it averages before the last LayerNorm, ours averages after it",
+    r"mlp\.(fc1_g|fc1_x)\.": "its MLP is a SwiGLU in another form (EVA)",
+    r"attn\.(q_proj|rope)": "it has projections or positions of another kind (EVA)",
     r"^norm_pre\.": "it has a LayerNorm before the first block (CLIP)",
     r"[qk]_norm\.": "it normalises queries and keys",
+    r"rel_pos\.(?!relative_position_bias)": "its relative positions are not BEiT's",
 }
 
 
@@ -126,21 +143,37 @@ def read(
     state, prefix = _strip_prefix(state, source, notes)
     decoder = any(name.startswith("decoder_") for name in state)
     mask = "mask_token" in state
-    state = {name: x for name, x in state.items() if not re.match(_PRETRAINING, name)}
-    if decoder or mask:
-        what = "the decoder and the mask token" if decoder else "the mask token"
-        notes.append(f"Left out: {what}, which only pre-training uses.")
+    if left := sorted(name for name in state if re.match(_PRETRAINING, name)):
+        notes.append(f"Left out: {len(left)} arrays, such as {left[0]}, of pre-training only.")
+    state = {name: x for name, x in state.items() if name not in left}
     refuse(state, _REFUSED, source)
-    for name in [name for name in state if re.search(r"\.(qkv|kv)\.(weight|bias)$", name)]:
-        state |= _split(name, state.pop(name))
+    layout = SWIGLU if _has_gate(state, source) else LAYOUT
+    state = _unshare(split(state, layout, source), notes)
     args = _model_args(config)
-    pool = _pool(state, args, source)
-    folded, rows, image_size = _positions(state, source, image_size)
-    family = _family(folded, prefix, origin, decoder, mask, rows, config, notes)
-    cfg = _configure(folded, family, source, pool, image_size, num_heads, args, notes)
+    state, rows, image_size = _positions(state, source, image_size)
+    family = _family(state, prefix, origin, decoder, mask, rows, config, notes)
+    cfg = _configure(state, family, source, image_size, num_heads, args, notes)
     given = from_timm(config, cfg, notes) if config else {}
-    params = convert(folded, cfg, LAYOUT, source)
+    if family == "beit" and config:
+        given["posemb_resize"] = "geometric"  # the original interpolates by cubic splines
+    params = convert(state, cfg, layout, source)
     return imported(family, cfg, params, notes, **given)
+
+
+def _has_gate(state: Arrays, source: Path) -> bool:
+    hidden, _ = axes(state, "blocks.0.mlp.fc1.weight", 2, source)
+    return axes(state, "blocks.0.mlp.fc2.weight", 2, source)[1] * 2 == hidden
+
+
+def _unshare(state: Arrays, notes: list[str]) -> Arrays:
+    """BEiT's pre-training has one table for all layers; its fine-tuning one for each."""
+    state = {name: x for name, x in state.items() if not re.search(_INDEX, name)}
+    if _SHARED not in state:
+        return state
+    shared = state.pop(_SHARED)
+    notes.append("The relative position bias, shared by all layers, was copied to each.")
+    depth = count_blocks(state, r"blocks\.(\d+)\.")
+    return state | {LAYOUT.block.format(i=i) + _TABLE: shared for i in range(depth)}
 
 
 def _strip_prefix(state: Arrays, source: Path, notes: list[str]) -> tuple[Arrays, str]:
@@ -157,16 +190,6 @@ def _strip_prefix(state: Arrays, source: Path, notes: list[str]) -> tuple[Arrays
     return rename(inside, todays, source), prefix
 
 
-def _split(name: str, value: np.ndarray) -> Arrays:
-    """`blocks.0.attn.qkv.weight` -> `blocks.0.attn.qkv[query].weight` and so on."""
-    module, _, leaf = name.rpartition(".")
-    parts = _JOINED[module.rpartition(".")[2]]
-    if not value.ndim or len(value) % len(parts):
-        return {name: value}  # the check will name it
-    thirds = np.split(value, len(parts))
-    return {f"{module}[{p}].{leaf}": x for p, x in zip(parts, thirds, strict=True)}
-
-
 def _model_args(config: dict[str, Any] | None) -> dict[str, Any]:
     """What a timm `config.json` says about the network."""
     config = config or {}
@@ -176,25 +199,16 @@ def _model_args(config: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def _pool(state: Arrays, args: dict[str, Any], source: Path) -> str:
-    found = "cls" if "cls_token" in state else "gap"
-    if "attn_pool.latent" in state:
-        found = "map"
-        if "cls_token" in state:
-            raise UserError(
-                f"{source} has a class token and attention pooling: our model has one of them"
-            )
-    said = {"token": "cls", "avg": "gap", "map": "map"}.get(str(args["global_pool"]), found)
-    if said != found:
+    found = "cls" if "cls_token" in state and "fc_norm.weight" not in state else "gap"
+    found = "map" if "attn_pool.latent" in state else found
+    said = args["global_pool"]
+    pool = {None: found, "token": "cls", "avg": "gap", "map": "map"}.get(said, "")
+    if not pool or (pool == "map") != (found == "map"):
         raise UserError(
-            f"{source} cannot be held exactly by our model: it pools by "
-            f"{args['global_pool']!r}, where the arrays are those of {found!r}"
+            f"{source} cannot be held exactly by our model: it pools by {said!r}, where the "
+            f"arrays are those of {found!r}"
         )
-    if "reg_token" in state and found == "gap":
-        raise UserError(
-            f"{source} cannot be held exactly by our model: it averages the patches without "
-            f"the registers, where ours averages all tokens"
-        )
-    return found
+    return pool
 
 
 def _positions(
@@ -206,24 +220,27 @@ def _positions(
       The state, how many rows there were before the patches, and (H, W).
     """
     patch = axes(state, "patch_embed.proj.weight", 4, source)[2]
+    if "pos_embed" not in state:
+        offsets = axes(state, f"blocks.0.{_TABLE}", 2, source)[0]
+        return state, 0, relative_size(offsets, patch, image_size, source)
     total = axes(state, "pos_embed", 3, source)[1]
-    cls = int("cls_token" in state)
+    before = sum(name in state for name in ("cls_token", "dist_token"))
     registers = axes(state, "reg_token", 3, source)[1] if "reg_token" in state else 0
-    choices = sorted({0, cls, cls + registers})
+    choices = sorted({0, before, before + registers})
 
     def fits(rows: int) -> bool:
         if image_size:
             return total - rows == (image_size[0] // patch) * (image_size[1] // patch)
         return total > rows and math.isqrt(total - rows) ** 2 == total - rows
 
-    rows = next((rows for rows in choices if fits(rows)), cls)
+    rows = next((rows for rows in choices if fits(rows)), before)
     image_size = square_grid(total - rows, patch, image_size, source)
     state, table = dict(state), state["pos_embed"]
-    if rows > cls and state["reg_token"].shape[::2] == table.shape[::2]:
+    if rows > before and state["reg_token"].shape[::2] == table.shape[::2]:
         # Adding a register's position to the register itself is the same.
-        state["reg_token"] = state["reg_token"] + table[:, cls:rows]
-        table = np.concatenate([table[:, :cls], table[:, rows:]], axis=1)
-    state["pos_embed"] = with_class_row(table, rows < cls)
+        state["reg_token"] = state["reg_token"] + table[:, before:rows]
+        table = np.concatenate([table[:, :before], table[:, rows:]], axis=1)
+    state["pos_embed"] = with_prefix_rows(table, before if rows < before else 0)
     return state, rows, image_size
 
 
@@ -239,6 +256,10 @@ def _family(
 ) -> str:
     """Who trained this? Same arrays, same numerics, but another scale of the pixels."""
     scaled = "blocks.0.ls1.gamma" in state
+    if f"blocks.0.{_TABLE}" in state or not _key_bias(state):
+        return "beit"
+    if "dist_token" in state:
+        return "deit"
     if decoder:
         return "mae"
     if mask or (scaled and "reg_token" in state):
@@ -249,7 +270,9 @@ def _family(
         return "dino"
     family = "timm"
     if config is None and origin in ("torch", "wrapped"):
-        if "head.weight" in state:
+        if "fc_norm.weight" in state and "cls_token" in state:
+            family = "mae"
+        elif "head.weight" in state:
             family = "deit" if origin == "wrapped" else "timm"
         elif rows and not state["pos_embed"][:, 0].any():  # fixed sine-cosine positions
             family = "mae"
@@ -269,7 +292,6 @@ def _configure(
     state: Arrays,
     family: str,
     source: Path,
-    pool: str,
     image_size: tuple[int, int],
     num_heads: int | None,
     args: dict[str, Any],
@@ -277,9 +299,10 @@ def _configure(
 ) -> ViTConfig:
     """Reads the numbers of the model off the shapes."""
     width, channels, patch, _ = axes(state, "patch_embed.proj.weight", 4, source)
-    mlp_dim, _ = axes(state, "blocks.0.mlp.fc1.weight", 2, source)
-    if axes(state, "blocks.0.mlp.fc2.weight", 2, source)[1] * 2 == mlp_dim:
-        raise UserError(f"{source} cannot be held exactly by our model: {_SWIGLU}")
+    mlp_dim = axes(state, "blocks.0.mlp.fc2.weight", 2, source)[1]
+    swiglu = "blocks.0.mlp.fc1[gate].weight" in state
+    relative = f"blocks.0.{_TABLE}" in state
+    pool = _pool(state, args, source)
     depth = count_blocks(state, r"blocks\.(\d+)\.")
     if num_heads is None and type(args.get("num_heads")) is int:
         num_heads = args["num_heads"]
@@ -287,7 +310,7 @@ def _configure(
         num_heads, note = guess_heads(depth, width, mlp_dim, source)
         notes.append(note)
     gelu = FAMILIES[family].gelu
-    if "act_layer" in args:
+    if "act_layer" in args and not swiglu:
         gelu = {"gelu": "erf", "gelu_tanh": "tanh"}.get(str(args["act_layer"]), "")
         if not gelu:
             raise UserError(
@@ -308,12 +331,31 @@ def _configure(
         num_heads=num_heads,
         num_classes=outputs("head.weight"),
         pool=pool,
+        class_token=class_token("cls_token" in state, pool),
+        distillation=_distillation(state),
+        final_norm="pooled" if "fc_norm.weight" in state else "encoder",
+        posemb="learned" if "pos_embed" in state else "none",
+        relative="bias" if relative else "none",
+        mlp="swiglu" if swiglu else "gelu",
+        key_bias=_key_bias(state),
         representation_size=outputs("pre_logits.fc.weight") or None,
         registers=state["reg_token"].shape[1] if "reg_token" in state else 0,
         layer_scale_init=1e-5 if "blocks.0.ls1.gamma" in state else None,
         gelu=gelu,
         layer_norm_eps=FAMILIES[family].layer_norm_eps,
     )
+
+
+def _key_bias(state: Arrays) -> bool:
+    """Whether keys have a bias; BEiT has one of queries and values only."""
+    query, key = (f"blocks.0.attn.qkv[{part}].bias" in state for part in ("query", "key"))
+    return key or not query
+
+
+def _distillation(state: Arrays) -> str:
+    if "dist_token" not in state:
+        return "none"
+    return "heads" if "head_dist.weight" in state else "token"
 
 
 # ---- writing -------------------------------------------------------------------------------
@@ -329,24 +371,32 @@ def state_dict(cfg: ViTConfig, params: Params, class_row: bool = True) -> Arrays
         (`no_embed_class=True`, as in DeiT III) its position is added to the token.
     """
     arrays = export(cfg, params, Path("the model"))
-    if cfg.pool == "cls" and not class_row:
+    layout = SWIGLU if cfg.mlp == "swiglu" else LAYOUT
+    if cfg.has_class_token and cfg.distillation == "none" and not class_row:
         table = arrays[POSITIONS]
         arrays |= {"cls": arrays["cls"] + table[:, :1], POSITIONS: table[:, 1:]}
-    state = {LAYOUT.name(k): np.ascontiguousarray(to_torch(k, v)) for k, v in arrays.items()}
-    for name in [name for name in state if "[query]" in name or ".kv[key]" in name]:
-        joined = re.sub(r"\[\w+\]", "", name)
-        parts = _JOINED[joined.split(".")[-2]]
-        keys = [re.sub(r"\[\w+\]", f"[{part}]", name) for part in parts]
-        state[joined] = np.concatenate([state.pop(key) for key in keys])
+    if cfg.relative == "bias" and cfg.posemb == "none":
+        del arrays[POSITIONS]
+    state = {layout.name(k): np.ascontiguousarray(to_torch(k, v)) for k, v in arrays.items()}
+    state = join(state, layout)
+    if not cfg.key_bias:  # as BEiT writes it
+        for part, theirs in (("query", "q_bias"), ("value", "v_bias")):
+            for i in range(cfg.depth):
+                bias = state.pop(f"blocks.{i}.attn.qkv[{part}].bias")
+                state[f"blocks.{i}.attn.{theirs}"] = bias
+        for name in [name for name in state if re.search(r"\.ls[12]\.gamma$", name)]:
+            state[re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", name)] = state.pop(name)
     return state
 
 
 # What our own files say in the header about the network.
-SAID = ("num_heads", "gelu", "layer_norm_eps", "image_size")
+SAID = ("num_heads", "gelu", "layer_norm_eps", "image_size", "pool", "class_token")
 
 
 def write(path: Path, cfg: ViTConfig, params: Params) -> tuple[str, ...]:
-    """Writes a `.safetensors` file with the state dict of a timm `VisionTransformer`.
+    """Writes a `.safetensors` file with the state dict of a timm model.
+
+    That is a `VisionTransformer`, a `VisionTransformerDistilled` or a `Beit`.
 
     Returns:
       Sentences about what whoever reads the file has to know.
@@ -354,23 +404,41 @@ def write(path: Path, cfg: ViTConfig, params: Params) -> tuple[str, ...]:
     Raises:
       UserError: timm has no place for something in the model.
     """
-    if cfg.representation_size:
-        raise UserError(f"cannot write {path}: timm has no tanh layer (pre_logits)")
-    if cfg.registers and cfg.pool != "cls":
-        raise UserError(f"cannot write {path}: timm's average leaves the registers out")
+    for present, what in (
+        (cfg.representation_size, "tanh layer (pre_logits)"),
+        (cfg.pool == "cls_gap", "pooling by 'cls_gap'"),
+        (cfg.key_bias == (cfg.relative == "bias"), "such relative positions and key biases"),
+    ):
+        if present:
+            raise UserError(f"cannot write {path}: timm has no {what}")
     # timm's arrays say none of this; the header can, to us.
     said = {field: getattr(cfg, field) for field in SAID}
     metadata = {"vit_jax": json.dumps(said)}
     files.write_safetensors(
         path, state_dict(cfg, params, class_row=not cfg.registers), metadata
     )
-    notes = [f"Build timm's model with num_heads={cfg.num_heads}, which its arrays do not say."]
+    options = {
+        "num_heads": cfg.num_heads,
+        "class_token": cfg.has_class_token,
+        "global_pool": {"cls": "token", "gap": "avg", "map": "map"}[cfg.pool],
+    }
+    if cfg.pool == "gap":
+        options["fc_norm"] = cfg.final_norm == "pooled"
+    if cfg.registers:
+        options |= {"reg_tokens": cfg.registers, "no_embed_class": True}
+    if cfg.layer_scale_init is not None:
+        options["init_values"] = cfg.layer_scale_init
     if cfg.gelu == "tanh":
-        notes.append("Build timm's model with act_layer='gelu_tanh'.")
+        options["act_layer"] = "gelu_tanh"
+    model = "VisionTransformer"
+    if cfg.relative == "bias":
+        model, options["use_rel_pos_bias"] = "Beit", True
+        options["use_abs_pos_emb"] = cfg.posemb != "none"
+        del options["class_token"], options["fc_norm"]
+    elif cfg.distillation == "heads":
+        model = "VisionTransformerDistilled"
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    notes = [f"The arrays are those of timm's {model}({given})."]
     if cfg.layer_norm_eps != 1e-6:
         notes.append(f"Build timm's model with a LayerNorm of eps={cfg.layer_norm_eps}.")
-    if cfg.registers:
-        notes.append(f"Build it with reg_tokens={cfg.registers}, no_embed_class=True.")
-    if cfg.pool == "gap":
-        notes.append("Build it with class_token=False, global_pool='avg', fc_norm=False.")
     return tuple(notes)

@@ -6,8 +6,9 @@ compared with what the model needs: whatever is missing, unknown or misshapen is
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -21,17 +22,30 @@ from vit_jax.interop.families import (
     learned_positions,
     nest,
 )
-from vit_jax.models.vit import Params, ViTConfig
+from vit_jax.models.model import Params
+from vit_jax.models.vit_config import ViTConfig
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
 
 class Layout(NamedTuple):
-    """Their names for our modules and parameters; `block` is the prefix of layer `i`."""
+    """Their names for our modules and parameters.
+
+    Attributes:
+      block: the prefix of layer `i`.
+      names: ours to theirs; `attn.qkv[key]` is the part `key` of a matrix `attn.qkv`.
+      joined: the parts of such matrices, which are stacked along the first axis.
+    """
 
     block: str
     names: dict[str, str]
+    joined: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+
+    def parts(self, module: str) -> tuple[str, ...]:
+        """What the matrix of `blocks.0.attn.qkv` is stacked from; () if it is one of ours."""
+        endings = (end for end in self.joined if f".{module}".endswith(f".{end}"))
+        return next((self.joined[end] for end in endings), ())
 
     def name(self, ours: str) -> str:
         """`Transformer/encoder_norm/scale` -> `norm.weight`."""
@@ -42,6 +56,39 @@ class Layout(NamedTuple):
             return prefix + self.names[ours]
         module, _, leaf = ours.rpartition("/")
         return f"{prefix}{self.names[module]}.{_LEAVES[leaf]}"
+
+
+def split(state: Arrays, layout: Layout, source: Path) -> Arrays:
+    """`blocks.0.attn.qkv.weight` -> `blocks.0.attn.qkv[query].weight` and so on.
+
+    Raises:
+      UserError: a part is there by itself, too.
+    """
+    out: Arrays = {}
+    for name, value in state.items():
+        module, _, leaf = name.rpartition(".")
+        parts = layout.parts(module)
+        if not parts or not value.ndim or len(value) % len(parts):
+            out[name] = value  # if it should have been split, the check will name it
+            continue
+        for part, x in zip(parts, np.split(value, len(parts)), strict=True):
+            if (new := f"{module}[{part}].{leaf}") in state:
+                raise UserError(f"{source} has {part} of {name!r} twice, joined and apart")
+            out[new] = x
+    return out
+
+
+def join(state: Arrays, layout: Layout) -> Arrays:
+    """The inverse of `split`; parts without all of their siblings stay as they are."""
+    out = dict(state)
+    for name in state:
+        joined = re.sub(r"\[\w+\]", "", name)
+        module, _, leaf = joined.rpartition(".")
+        parts = layout.parts(module)
+        siblings = [f"{module}[{part}].{leaf}" for part in parts]
+        if joined != name and all(sibling in out for sibling in siblings):
+            out[joined] = np.concatenate([out.pop(sibling) for sibling in siblings])
+    return out
 
 
 def to_torch(ours: str, value: np.ndarray) -> np.ndarray:
@@ -96,8 +143,13 @@ def export(cfg: ViTConfig, params: Params, source: Path) -> Arrays:
     """Parameters by our names, position embeddings of any kind as one learned table.
 
     Raises:
-      UserError: they are not those of `cfg`.
+      UserError: they are not those of `cfg`, or it has positions that nobody else has.
     """
+    if cfg.posemb_at != "stem" or cfg.relative == "keys":
+        raise UserError(
+            f"{source} cannot be written: nobody else's layout has positions as "
+            f"model.posemb_at={cfg.posemb_at!r} and model.relative={cfg.relative!r} do"
+        )
     arrays = {name: np.asarray(value) for name, value in flatten(params).items()}
     check_arrays(arrays, expected_shapes(cfg), source)
     arrays = {name: x for name, x in arrays.items() if "/posembed_input/" not in name}

@@ -18,6 +18,18 @@ from jax import lax
 
 Initializer = Callable[..., jax.Array]
 
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "full": None,  # keep only each block's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep dense products
+}
+
+
+def patchify(images: jax.Array, patch: int) -> jax.Array:
+    """Cuts (B, H, W, C) images into (B, N, P, P, C) patches, row by row."""
+    b, h, w, c = images.shape
+    x = images.reshape(b, h // patch, patch, w // patch, patch, c)
+    return x.swapaxes(2, 3).reshape(b, -1, patch, patch, c)
+
 
 def contract(subscripts: str, x: jax.Array, y: jax.Array, dtype: str) -> jax.Array:
     """`einsum` of two arrays with `dtype` operands and a float32 result."""
@@ -76,16 +88,17 @@ class Dense(nn.Module):
     dtype: str
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros
+    use_bias: bool = True
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel_init = flattened(self.kernel_init, len(self.in_shape))
         kernel = self.param("kernel", kernel_init, (*self.in_shape, *self.out_shape))
-        bias = self.param("bias", self.bias_init, self.out_shape)
         leading = x.shape[: x.ndim - len(self.in_shape)]
         fan_in, fan_out = math.prod(self.in_shape), math.prod(self.out_shape)
         y = matmul(x.reshape(-1, fan_in), kernel.reshape(fan_in, fan_out), self.dtype)
-        return y.reshape(*leading, *self.out_shape) + bias
+        y = y.reshape(*leading, *self.out_shape)
+        return y + self.param("bias", self.bias_init, self.out_shape) if self.use_bias else y
 
 
 def layer_norm(eps: float, name: str) -> nn.LayerNorm:
@@ -126,9 +139,11 @@ class LayerScale(nn.Module):
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, dtype: str
+    q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, bias: jax.Array | None = None
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """Softmax attention of (B, k, N, d) queries, keys and values (Appendix A, equations 6-7).
+
+    A `bias` that broadcasts to (B, k, N, N) is added to the scaled scores.
 
     Heads come before tokens, so that every product is a plain batched matrix product, and
     the softmax is normalised after the product with the values: d divisions a token, not N.
@@ -138,6 +153,7 @@ def attend(
       so that nobody who does not ask for them pays for them.
     """
     scores = contract("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, dtype)
+    scores = scores if bias is None else scores + bias
     scores = scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores)
     total = weights.sum(axis=-1, keepdims=True)

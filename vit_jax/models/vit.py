@@ -16,171 +16,26 @@ whose arrays have a leading layer axis.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError
 from vit_jax.models.layers import (
     GELU,
+    REMAT_POLICIES,
     Dense,
     LayerScale,
     StochasticDepth,
     attend,
     layer_norm,
+    patchify,
 )
-from vit_jax.models.variants import decode_variant
-
-Params = dict[str, Any]
-Out = dict[str, jax.Array]
-
-REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
-    "full": None,  # keep only each block's input
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep dense products
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class ViTConfig:
-    """Everything that decides what the network computes; every layer reads this one object.
-
-    Raises (on construction):
-      UserError: a combination that cannot be built, naming the field of `config.model`.
-    """
-
-    image_size: tuple[int, int]  # (H, W), pixels
-    channels: int  # C
-    patch_size: int  # P, pixels
-    depth: int  # L
-    width: int  # D
-    mlp_dim: int  # M
-    num_heads: int  # k
-    num_classes: int  # K; 0 returns the representation instead of logits
-    pool: str = "cls"  # cls | gap (mean of all tokens) | map (attention pooling)
-    posemb: str = "learned"  # learned (1-D) | learned_2d | sincos2d | none
-    representation_size: int | None = None  # width of the tanh layer in the pre-training head
-    head_bias_init: float = 0.0
-    registers: int = 0  # extra learned tokens without a position (arXiv 2309.16588)
-    dropout: float = 0.0
-    stochastic_depth: float = 0.0  # rate of the last block; earlier blocks grow linearly to it
-    layer_scale_init: float | None = None
-    gelu: str = "tanh"  # tanh (Google) | erf (everybody else)
-    layer_norm_eps: float = 1e-6
-    dtype: str = "float32"  # operands of matrix products: float32 | bfloat16
-    scan: bool = False  # one compiled block for all layers
-    remat: str = "none"  # none | dots | full: what the backward pass recomputes
-
-    def __post_init__(self) -> None:
-        choices = {
-            "pool": ("cls", "gap", "map"),
-            "posemb": ("learned", "learned_2d", "sincos2d", "none"),
-            "gelu": tuple(GELU),
-            "dtype": ("float32", "bfloat16"),
-            "remat": ("none", *REMAT_POLICIES),
-        }
-        for field, allowed in choices.items():
-            if (value := getattr(self, field)) not in allowed:
-                raise UserError(f"model.{field} is {value!r}: use one of {', '.join(allowed)}")
-        for field in ("patch_size", "depth", "width", "mlp_dim", "num_heads", "channels"):
-            if (value := getattr(self, field)) < 1:
-                raise UserError(f"model.{field} is {value}: it must be at least 1")
-        for field in ("dropout", "stochastic_depth"):
-            if not 0 <= (value := getattr(self, field)) < 1:
-                raise UserError(f"model.{field} is {value}: use a rate of at least 0, below 1")
-        if any(size % self.patch_size or size < 1 for size in self.image_size):
-            raise UserError(
-                f"image_size is {self.image_size}, which patches of {self.patch_size} pixels "
-                f"do not tile: use multiples of {self.patch_size}"
-            )
-        if self.width % self.num_heads:
-            raise UserError(
-                f"model.width is {self.width}, which {self.num_heads} heads do not divide: "
-                f"change model.width or model.num_heads"
-            )
-        divisor = {"sincos2d": 4, "learned_2d": 2}.get(self.posemb, 1)
-        if self.width % divisor or (self.posemb == "sincos2d" and self.width < 8):
-            raise UserError(
-                f"model.width is {self.width}, but model.posemb={self.posemb!r} needs a "
-                f"multiple of {divisor}, at least 8"
-            )
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
-
-    @property
-    def block_rates(self) -> list[float]:
-        """Stochastic-depth rate of each block, 0 at the first, linear in depth."""
-        return [self.stochastic_depth * i / max(self.depth - 1, 1) for i in range(self.depth)]
-
-
-def config_from(
-    fields: Any, image_size: tuple[int, int], channels: int, num_classes: int
-) -> ViTConfig:
-    """Reads a `config.model`: the variant's shape, with whatever fields are set beside it."""
-    shape, patch_size = decode_variant(fields.variant)
-    given = {
-        field.name: getattr(fields, field.name)
-        for field in dataclasses.fields(ViTConfig)
-        if field.name not in ("image_size", "channels", "num_classes", "patch_size")
-    }
-    for name, value in shape._asdict().items():
-        given[name] = value if given[name] is None else given[name]
-    height, width = image_size
-    return ViTConfig((height, width), channels, patch_size, num_classes=num_classes, **given)
-
-
-def patchify(images: jax.Array, patch: int) -> jax.Array:
-    """Cuts (B, H, W, C) images into (B, N, P, P, C) patches, row by row."""
-    b, h, w, c = images.shape
-    x = images.reshape(b, h // patch, patch, w // patch, patch, c)
-    return x.swapaxes(2, 3).reshape(b, -1, patch, patch, c)
-
-
-def posemb_sincos_2d(
-    grid: tuple[int, int], width: int, temperature: float = 10_000.0
-) -> jax.Array:
-    """Fixed sine-cosine position embeddings, (N, D) float32 (MoCo v3; arXiv 2205.01580).
-
-    Each row is [sin(x w), cos(x w), sin(y w), cos(y w)] with D/4 frequencies w that fall
-    geometrically from 1 to 1/temperature, both ends included.
-    """
-    y, x = (jnp.asarray(a.ravel(), jnp.float32) for a in jnp.indices(grid))
-    omega = temperature ** -jnp.linspace(0.0, 1.0, width // 4)
-    x, y = x[:, None] * omega, y[:, None] * omega
-    return jnp.concatenate([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=1)
-
-
-class PositionEmbedding(nn.Module):
-    """Adds E_pos of equation (1) to (B, T, D) tokens, the class token first if there is one.
-
-    Only `learned` has a row for the class token, as in published checkpoints; for the other
-    kinds that row would be one more constant on top of the learned class token itself.
-    """
-
-    cfg: ViTConfig
-
-    @nn.compact
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        cfg, (rows, columns) = self.cfg, self.cfg.grid
-        init = nn.initializers.normal(0.02)
-        if cfg.posemb == "none":
-            return tokens
-        if cfg.posemb == "learned":
-            return tokens + self.param("pos_embedding", init, (1, *tokens.shape[1:]))
-        if cfg.posemb == "sincos2d":
-            table = posemb_sincos_2d(cfg.grid, cfg.width)
-        else:
-            x = self.param("pos_embedding_x", init, (columns, cfg.width // 2))
-            y = self.param("pos_embedding_y", init, (rows, cfg.width // 2))
-            shape = (rows, columns, cfg.width // 2)
-            halves = (jnp.broadcast_to(x, shape), jnp.broadcast_to(y[:, None], shape))
-            table = jnp.concatenate(halves, axis=-1).reshape(-1, cfg.width)
-        first_patch = tokens.shape[1] - table.shape[0]
-        return tokens.at[:, first_patch:].add(table)
+from vit_jax.models.model import Model, Out, Params
+from vit_jax.models.positions import PositionEmbedding, RelativeBias
+from vit_jax.models.resnet import reduction, resnet_features
+from vit_jax.models.vit_config import ViTConfig
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -196,17 +51,26 @@ class MultiHeadDotProductAttention(nn.Module):
         width, heads = (cfg.width,), (cfg.num_heads, cfg.width // cfg.num_heads)
         xavier = nn.initializers.xavier_uniform()
 
-        def project(name: str, tokens: jax.Array) -> jax.Array:  # -> (B, k, T, d)
-            return Dense(width, heads, cfg.dtype, xavier, name=name)(tokens).swapaxes(1, 2)
+        def project(name: str, tokens: jax.Array, bias: bool = True) -> jax.Array:
+            dense = Dense(width, heads, cfg.dtype, xavier, use_bias=bias, name=name)
+            return dense(tokens).swapaxes(1, 2)  # (B, k, T, d)
 
-        q, k, v = project("query", x), project("key", memory), project("value", memory)
-        y, weights = attend(q, k, v, cfg.dtype)
+        q, v = project("query", x), project("value", memory)
+        k = project("key", memory, cfg.key_bias)
+        bias = None
+        if cfg.relative != "none" and memory is x:
+            bias = RelativeBias(cfg, name="relative")(q)
+        y, weights = attend(q, k, v, cfg.dtype, bias)
         out = Dense(heads, width, cfg.dtype, xavier, name="out")
         return out(y.swapaxes(1, 2)), weights
 
 
 class MlpBlock(nn.Module):
-    """Two dense layers with a GELU between them; dropout after each (Appendix B.1)."""
+    """Two dense layers with a GELU between them; dropout after each (Appendix B.1).
+
+    With `swiglu` the hidden layer is multiplied by a gate, SiLU of a third dense layer
+    (arXiv 2002.05202), in place of the GELU.
+    """
 
     cfg: ViTConfig
     train: bool
@@ -216,22 +80,33 @@ class MlpBlock(nn.Module):
         cfg, width, hidden = self.cfg, (self.cfg.width,), (self.cfg.mlp_dim,)
         inits = nn.initializers.xavier_uniform(), nn.initializers.normal(1e-6)
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
-        x = Dense(width, hidden, cfg.dtype, *inits, name="Dense_0")(x)
-        x = dropout(GELU[cfg.gelu](x))
-        x = Dense(hidden, width, cfg.dtype, *inits, name="Dense_1")(x)
-        return dropout(x)
+        h = Dense(width, hidden, cfg.dtype, *inits, name="Dense_0")(x)
+        if cfg.mlp == "swiglu":
+            h *= jax.nn.silu(Dense(width, hidden, cfg.dtype, *inits, name="gate")(x))
+        else:
+            h = GELU[cfg.gelu](h)
+        return dropout(Dense(hidden, width, cfg.dtype, *inits, name="Dense_1")(dropout(h)))
 
 
 class EncoderBlock(nn.Module):
-    """Equations (2) and (3) on (B, T, D) tokens; also returns what happened inside."""
+    """Equations (2) and (3) on (B, T, D) tokens; also returns what happened inside.
+
+    `shared` (1, T, D) is what `posemb_at="shared"` adds to the input of every block.
+    """
 
     cfg: ViTConfig
     train: bool
     return_attention: bool
 
     @nn.compact
-    def __call__(self, z: jax.Array, drop_rate: jax.Array | float) -> tuple[jax.Array, Out]:
+    def __call__(
+        self, z: jax.Array, drop_rate: jax.Array | float, shared: jax.Array | None
+    ) -> tuple[jax.Array, Out]:
         cfg, out = self.cfg, {}
+        if cfg.posemb_at == "layers":
+            z = z + PositionEmbedding(cfg, name="posembed_input")()
+        elif shared is not None:
+            z = z + shared
         norm = lambda i: layer_norm(cfg.layer_norm_eps, f"LayerNorm_{i}")
 
         def branch(y: jax.Array, i: int) -> jax.Array:
@@ -263,21 +138,26 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, Out]:
         cfg, out = self.cfg, {}
-        z = PositionEmbedding(cfg, name="posembed_input")(tokens)
+        z, shared = tokens, None
+        if cfg.posemb_at != "layers":
+            table = PositionEmbedding(cfg, name="posembed_input")()
+            z, shared = (tokens, table) if cfg.posemb_at == "shared" else (tokens + table, None)
         if cfg.registers:
             init = nn.initializers.normal(0.02)
             registers = self.param("registers", init, (1, cfg.registers, cfg.width))
             registers = jnp.broadcast_to(registers, (z.shape[0], *registers.shape[1:]))
-            position = cfg.pool == "cls"  # after the class token, before the patches
-            z = jnp.concatenate([z[:, :position], registers, z[:, position:]], axis=1)
+            before = cfg.positioned_prefix  # after the class token, before the patches
+            z = jnp.concatenate([z[:, :before], registers, z[:, before:]], axis=1)
         out["embedded"] = z = nn.Dropout(cfg.dropout, deterministic=not self.train)(z)
-        z, blocks = self.blocks(z)
+        z, blocks = self.blocks(z, shared)
         for i, block in enumerate(blocks):
             out |= {f"encoderblock_{i}/{name}": value for name, value in block.items()}
-        out["encoded"] = z = layer_norm(cfg.layer_norm_eps, "encoder_norm")(z)
+        if cfg.final_norm == "encoder":
+            z = layer_norm(cfg.layer_norm_eps, "encoder_norm")(z)
+        out["encoded"] = z
         return z, out
 
-    def blocks(self, z: jax.Array) -> tuple[jax.Array, list[Out]]:
+    def blocks(self, z: jax.Array, shared: jax.Array | None) -> tuple[jax.Array, list[Out]]:
         cfg, block = self.cfg, EncoderBlock
         if cfg.remat != "none":
             # Under scan the loop itself keeps XLA from merging the recomputation away.
@@ -287,16 +167,18 @@ class Encoder(nn.Module):
             outs = []
             for i, rate in enumerate(cfg.block_rates):
                 name = f"encoderblock_{i}"
-                z, out = block(cfg, self.train, self.return_attention, name=name)(z, rate)
+                layer = block(cfg, self.train, self.return_attention, name=name)
+                z, out = layer(z, rate, shared)
                 outs.append(out)
             return z, outs
         layers = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
             length=cfg.depth,
         )(cfg, self.train, self.return_attention, name="encoderblock")
-        z, stacked = layers(z, jnp.asarray(cfg.block_rates))
+        z, stacked = layers(z, jnp.asarray(cfg.block_rates), shared)
         return z, [{k: v[i] for k, v in stacked.items()} for i in range(cfg.depth)]
 
 
@@ -332,61 +214,53 @@ class VisionTransformer(nn.Module):
                 f"images of shape {images.shape[1:]} given to a model built for "
                 f"{(*cfg.image_size, cfg.channels)}"
             )
-        patch_shape = (cfg.patch_size, cfg.patch_size, cfg.channels)
+        features, patch = images, cfg.patch_size
+        if cfg.resnet is not None:  # a hybrid cuts patches from a feature map
+            features = resnet_features(images, cfg.resnet, 1, cfg.dtype)
+            patch //= reduction(cfg.resnet)
+        patch_shape = (patch, patch, features.shape[-1])
         embedding = Dense(patch_shape, (cfg.width,), cfg.dtype, name="embedding")
-        tokens = patch_embedding = embedding(patchify(images, cfg.patch_size))
-        if cfg.pool == "cls":
-            cls = self.param("cls", nn.initializers.zeros, (1, 1, cfg.width))
-            cls = jnp.broadcast_to(cls, (images.shape[0], 1, cfg.width))
-            tokens = jnp.concatenate([cls, tokens], axis=1)
+        patches = embedding(patchify(features, patch))
+        tokens = self.prepend("dist", patches) if cfg.distillation != "none" else patches
+        tokens = self.prepend("cls", tokens) if cfg.has_class_token else tokens
         z, out = Encoder(cfg, self.train, self.return_attention, name="Transformer")(tokens)
-        if cfg.pool == "map":
-            y = MAPHead(cfg, self.train, name="MAPHead_0")(z)
-        else:
-            y = z[:, 0] if cfg.pool == "cls" else z.mean(axis=1)
-        out |= {"patch_embedding": patch_embedding, "pooled": y}
+        y = self.pool(z)
+        if cfg.final_norm == "pooled":
+            y = layer_norm(cfg.layer_norm_eps, "fc_norm")(y)
+        out |= {"patch_embedding": patches, "pooled": y}
         if cfg.representation_size:
             hidden = (cfg.representation_size,)
-            y = jnp.tanh(Dense((cfg.width,), hidden, cfg.dtype, name="pre_logits")(y))
+            y = jnp.tanh(Dense(y.shape[-1:], hidden, cfg.dtype, name="pre_logits")(y))
         out["pre_logits"] = y
         if cfg.num_classes:
-            zeros, bias = nn.initializers.zeros, nn.initializers.constant(cfg.head_bias_init)
-            head = Dense(y.shape[-1:], (cfg.num_classes,), cfg.dtype, zeros, bias, name="head")
-            y = head(y)
+            y = self.head("head", y)
+            if cfg.distillation == "heads":
+                out |= {"logits_cls": y, "logits_dist": self.head("head_dist", z[:, 1])}
+                y = (y + out["logits_dist"]) / 2
         out["logits"] = y
         return y, out
 
+    def prepend(self, name: str, tokens: jax.Array) -> jax.Array:
+        """Puts a learned token in front of (B, T, D) tokens."""
+        token = self.param(name, nn.initializers.zeros, (1, 1, self.cfg.width))
+        token = jnp.broadcast_to(token, (tokens.shape[0], 1, self.cfg.width))
+        return jnp.concatenate([token, tokens], axis=1)
 
-class Apply(Protocol):
-    def __call__(
-        self,
-        params: Params,
-        images: jax.Array,
-        *,
-        train: bool = False,
-        rngs: dict[str, jax.Array] | None = None,
-        return_attention: bool = False,
-    ) -> tuple[jax.Array, Out]: ...
+    def pool(self, z: jax.Array) -> jax.Array:
+        """One (B, D) vector, with `cls_gap` (B, 2 D), for (B, T, D) tokens."""
+        cfg, patches = self.cfg, z[:, self.cfg.prefix :]
+        if cfg.pool == "map":
+            return MAPHead(cfg, self.train, name="MAPHead_0")(patches)
+        if cfg.pool == "cls":
+            return z[:, 0]
+        mean = patches.mean(axis=1)
+        return mean if cfg.pool == "gap" else jnp.concatenate([z[:, 0], mean], axis=-1)
 
-
-class Model(NamedTuple):
-    """The seam between a network and everything else; nothing outside `models` sees Flax.
-
-    Attributes:
-      config: what was built.
-      init: `init(key) -> params`, nested dicts of float32 arrays.
-      apply: `apply(params, images, train=False, rngs=None, return_attention=False)
-        -> (logits, out)`: (B, H, W, C) float32 images to (B, K) float32 logits (with K = 0,
-        to the representation), and a dict of named intermediates: `patch_embedding`
-        (B, N, D), `embedded` z_0 and `encoded` (B, T, D), `encoderblock_i/{msa,mlp,output}`
-        (B, T, D), `pooled`, `pre_logits`, `logits`; on request `encoderblock_i/attention`
-        (B, k, T, T). Under jit, what is not used costs nothing. `rngs={"dropout": key}` is
-        needed when training with dropout or stochastic depth.
-    """
-
-    config: ViTConfig
-    init: Callable[[jax.Array], Params]
-    apply: Apply
+    def head(self, name: str, y: jax.Array) -> jax.Array:
+        """(B, K) float32 scores of (B, D) representations; zero at the start."""
+        cfg = self.cfg
+        zeros, bias = nn.initializers.zeros, nn.initializers.constant(cfg.head_bias_init)
+        return Dense(y.shape[-1:], (cfg.num_classes,), cfg.dtype, zeros, bias, name=name)(y)
 
 
 def stack_layers(params: Params) -> Params:
@@ -430,8 +304,3 @@ def build(cfg: ViTConfig) -> Model:
         return cast(tuple[jax.Array, Out], module.apply({"params": params}, images, rngs=rngs))
 
     return Model(cfg, init, apply)
-
-
-def count_parameters(params: Params) -> int:
-    """The number of scalars in a tree of arrays or shapes."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,47 @@
+"""The seam between a network and everything else; nothing outside `models` sees Flax."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Params = dict[str, Any]
+Out = dict[str, jax.Array]
+
+
+class Apply(Protocol):
+    def __call__(
+        self,
+        params: Params,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        rngs: dict[str, jax.Array] | None = None,
+        return_attention: bool = False,
+    ) -> tuple[jax.Array, Out]: ...
+
+
+class Model(NamedTuple):
+    """A network as two functions.
+
+    Attributes:
+      config: what was built.
+      init: `init(key) -> params`, nested dicts of float32 arrays.
+      apply: `apply(params, images, train=False, rngs=None, return_attention=False)
+        -> (logits, out)`: (B, H, W, C) float32 images to (B, K) float32 logits (with K = 0,
+        to the representation), and a dict of named intermediates. Of a Vision Transformer:
+        `patch_embedding` (B, N, D), `embedded` z_0 and `encoded` (B, T, D),
+        `encoderblock_i/{msa,mlp,output}` (B, T, D), `pooled`, `pre_logits`, `logits`; on
+        request `encoderblock_i/attention` (B, k, T, T). Under jit, what is not used costs
+        nothing. `rngs={"dropout": key}` is needed when training with dropout or stochastic
+        depth.
+    """
+
+    config: Any
+    init: Callable[[jax.Array], Params]
+    apply: Apply
+
+
+def count_parameters(params: Params) -> int:
+    """The number of scalars in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
