@@ -83,6 +83,24 @@ def test_another_size_and_head(workdir, tmp_path):
     assert not found["head/kernel"].any()
 
 
+@pytest.mark.parametrize(("form", "name"), [("hf", "larger"), ("vit_jax", "own")])
+def test_a_crop_keeps_its_share_at_another_size(tmp_path, form, name):
+    """The evaluation transform grows with the image, so that predict works at the new size."""
+    config = tiny(total_steps=3.0)
+    config.data.eval_transform = "resize_shorter(10, method='bicubic')|center_crop"
+    trainer.train(config, tmp_path / "run")
+    flags = ["--image_size=16", f"--format={form}"]
+    result = run("convert", tmp_path / "run", tmp_path / name, *flags)
+    assert result.returncode == 0, result.stderr
+    transform = "resize_shorter(20, method='bicubic')|center_crop"
+    assert f"changed    evaluation transform: {transform}" in result.stdout
+    again = trained.load_any(str(tmp_path / name), "last", MESH)
+    assert again.config.data.eval_transform == transform
+    Image.fromarray(np.zeros((30, 20), np.uint8)).save(tmp_path / "picture.png")
+    result = run("predict", f"--checkpoint={tmp_path / name}", tmp_path / "picture.png")
+    assert result.returncode == 0, result.stderr
+
+
 def test_half_precision_halves_the_file(workdir, tmp_path):
     sizes = []
     for dtype in ("float32", "bfloat16"):

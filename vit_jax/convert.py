@@ -10,9 +10,6 @@ and DESTINATION appears when it is complete.
 """
 
 import dataclasses
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +19,36 @@ import numpy as np
 from absl import flags
 
 from vit_jax import cli, trained
+from vit_jax.atomic import replacing
+from vit_jax.data import preprocess
 from vit_jax.errors import UserError
 from vit_jax.interop import google, huggingface, positions, timm
 from vit_jax.models import registry, vit
+from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.model import count_parameters
+from vit_jax.models.resnet import ResNetConfig
+from vit_jax.models.vit_config import ViTConfig
 from vit_jax.trained import Trained
-from vit_jax.training import sharding
 
 
 def describe(model: Trained) -> str:
     """What was found, a line for each thing."""
-    cfg = model.model.config
-    rows, columns = cfg.grid
-    names = model.class_names
+    cfg, names = model.model.config, model.class_names
+    height, width = cfg.image_size
     shown = f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""
-    shape = f"{cfg.depth} layers, width {cfg.width}, MLP {cfg.mlp_dim}, {cfg.num_heads} heads"
+    images, shape = f"{height}x{width}x{cfg.channels}", ""
+    if isinstance(cfg, ViTConfig | MixerConfig):
+        rows, columns = cfg.grid
+        images += f", {rows}x{columns} patches of {cfg.patch_size}"
+        shape = f"{cfg.depth} layers, width {cfg.width}, MLP {cfg.mlp_dim}"
+    if isinstance(cfg, ViTConfig):
+        shape += f", {cfg.num_heads} heads"
+    if isinstance(cfg, ResNetConfig):
+        shape = f"stages of {cfg.resnet} units, {cfg.resnet_width} times as wide as ResNet-50"
     lines = [
         f"family     {model.family}",
         f"variant    {registry.variant_name(cfg) or 'of its own'}: {shape}",
-        f"images     {cfg.image_size[0]}x{cfg.image_size[1]}x{cfg.channels}, "
-        f"{rows}x{columns} patches of {cfg.patch_size}",
+        f"images     {images}",
         f"classes    {len(names)}{shown}",
         f"parameters {count_parameters(model.params):,}",
     ]
@@ -56,49 +63,69 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(parts[0]), int(parts[-1])
 
 
-def resize(model: Trained, size: tuple[int, int], method: str) -> tuple[Trained, str]:
-    """The model for images of another (height, width); its position embeddings follow."""
+def resize(model: Trained, size: tuple[int, int], method: str) -> tuple[Trained, list[str]]:
+    """The model for images of another (height, width): its positions, its evaluation transform.
+
+    Raises:
+      UserError: the network is tied to its size.
+    """
     old = model.model.config
+    if isinstance(old, MixerConfig):
+        raise UserError(
+            "--image_size: a Mixer is tied to the image size that it was trained at"
+        )
     new = dataclasses.replace(old, image_size=size)
-    params = vit.unstack_layers(model.params) if old.scan else model.params
-    params = positions.resize_params(params, old, new, method)
-    model.config.image_size = size
-    model = model._replace(
-        model=registry.build(new), params=vit.stack_layers(params) if old.scan else params
-    )
-    sizes = " to ".join(f"{rows}x{columns}" for rows, columns in (old.grid, new.grid))
-    return model, f"position embeddings from {sizes} patches ({method})"
+    transform = preprocess.rescale(model.config.data.eval_transform, old.image_size, size)
+    changes = []
+    if transform != model.config.data.eval_transform:
+        changes.append(f"evaluation transform: {transform}")
+    model.config.image_size, model.config.data.eval_transform = size, transform
+    params = model.params
+    if isinstance(old, ViTConfig) and isinstance(new, ViTConfig):
+        params = vit.unstack_layers(params) if old.scan else params
+        params = positions.resize_params(params, old, new, method)
+        params = vit.stack_layers(params) if old.scan else params
+        sizes = " to ".join(f"{rows}x{columns}" for rows, columns in (old.grid, new.grid))
+        changes.append(f"position embeddings from {sizes} patches ({method})")
+    return model._replace(model=registry.build(new), params=params), changes
 
 
 def replace_head(model: Trained, num_classes: int) -> tuple[Trained, str]:
     """The model with a zero-initialised head for so many classes; 0 takes the head away."""
     if num_classes < 0:
         raise UserError(f"--num_classes={num_classes}: use 0 (no head) or more")
-    new = dataclasses.replace(model.model.config, num_classes=num_classes)
-    params = {name: value for name, value in model.params.items() if name != "head"}
-    if num_classes:
-        width = new.representation_size or new.width
-        params["head"] = {
-            "kernel": jnp.zeros((width, num_classes)),
-            "bias": jnp.full((num_classes,), new.head_bias_init),
-        }
+    changes: dict[str, Any] = {"num_classes": num_classes}
+    if not num_classes and getattr(model.model.config, "distillation", "none") == "heads":
+        changes["distillation"] = model.config.model.distillation = "token"
+    new = registry.build(dataclasses.replace(model.model.config, **changes))
+    heads = ("head", "head_dist")
+    params = {name: value for name, value in model.params.items() if name not in heads}
+    bias = new.config.head_bias_init
+    for name, shapes in jax.eval_shape(new.init, jax.random.key(0)).items():
+        if name in heads:
+            params[name] = {
+                "kernel": jnp.zeros(shapes["kernel"].shape),
+                "bias": jnp.full(shapes["bias"].shape, bias),
+            }
     names = tuple(map(str, range(num_classes)))
-    model = model._replace(model=registry.build(new), params=params, class_names=names)
+    model = model._replace(model=new, params=params, class_names=names)
     return model, f"head: zero-initialised, {num_classes} classes"
 
 
 def write(model: Trained, destination: Path, form: str, dtype: str) -> tuple[str, ...]:
     """Writes the model in a format; returns sentences about what its reader must know."""
     cfg, params = model.model.config, model.params
-    if cfg.scan:
+    if isinstance(cfg, ViTConfig) and cfg.scan:
         params, cfg = vit.unstack_layers(params), dataclasses.replace(cfg, scan=False)
-    params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype)), params)
+    params = jax.tree.map(lambda x: np.asarray(x).astype(jnp.dtype(dtype), copy=False), params)
     if form == "vit_jax":
         model.config.model.scan = False
         trained.export(model._replace(params=params), destination)
         return ()
     if form == "npz":
         return google.write(destination, cfg, params)
+    if not isinstance(cfg, ViTConfig) or cfg.resnet is not None:
+        raise UserError(f"--format={form} is for Vision Transformers alone: use npz or vit_jax")
     if form == "timm":
         return timm.write(destination, cfg, params)
     return huggingface.write(
@@ -126,26 +153,6 @@ def choose_format(given: str | None, destination: Path) -> str:
     return form
 
 
-def write_once(destination: Path, force: bool, write_to: Callable[[Path], Any]) -> Any:
-    """Calls `write_to` with a path beside `destination`, then moves it there."""
-    if destination.exists() and not force:
-        raise UserError(f"{destination} exists: pass --force to replace it")
-    part = destination.with_name(f".{destination.name}.part{destination.suffix}")
-    try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        result = write_to(part)
-        if destination.is_dir():
-            shutil.rmtree(destination)
-        os.replace(part, destination)
-        return result
-    except OSError as error:
-        raise UserError(f"{destination} cannot be written: {error.strerror}") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        if part.is_file():
-            part.unlink()
-
-
 def define_flags() -> None:
     flags.DEFINE_string("step", "last", "Of a work directory: last, best or a step number.")
     flags.DEFINE_string("format", None, f"One of {', '.join(FORMATS)}; else by the ending.")
@@ -166,19 +173,17 @@ def main(positional: list[str]) -> None:
     form = choose_format(given.format, destination)
     if destination.exists() and not given.force:  # before anything is fetched
         raise UserError(f"{destination} exists: pass --force to replace it")
-    model = trained.load_any(positional[0], given.step, sharding.make_mesh())
+    model = trained.load_any(positional[0], given.step, mesh=None)
     print(describe(model))
-    changes = []
+    changes: list[str] = []
     if given.image_size:
         size = parse_size(given.image_size)
-        model, change = resize(model, size, given.resize or model.resize)
-        changes.append(change)
+        model, changes = resize(model, size, given.resize or model.resize)
     if given.num_classes is not None:
         model, change = replace_head(model, given.num_classes)
         changes.append(change)
-    notes = write_once(
-        destination, given.force, lambda part: write(model, part, form, given.dtype)
-    )
+    with replacing(destination) as part:
+        notes = write(model, part, form, given.dtype)
     for line in [f"changed    {change}" for change in changes] + [
         f"note       {n}" for n in notes
     ]:

@@ -1,8 +1,6 @@
 """A trained model, opened with nothing else given: a work directory, or published weights."""
 
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +13,7 @@ from ml_collections import ConfigDict
 import vit_jax
 from vit_jax import config as configuration
 from vit_jax import experiment
+from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
 from vit_jax.interop import download
 from vit_jax.interop.load import Imported, load_weights
@@ -97,26 +96,26 @@ def load(workdir: Path, which: str, mesh: Mesh) -> Trained:
     return Trained(config, class_names, model, params, card["step"], family, resize)
 
 
-def load_any(name: str, which: str, mesh: Mesh) -> Trained:
+def load_any(name: str, which: str, mesh: Mesh | None) -> Trained:
     """Opens a work directory, an export, a file of published weights, or a name of some.
 
     Args:
       name: a path, or what `interop.download.resolve` fetches (`augreg:B_16`, `hf:...`).
       which: of a work directory, as for `load`.
-      mesh: where the weights go.
+      mesh: where the weights go; None leaves published ones in the host's memory.
 
     Raises:
       UserError: it cannot be found, fetched, read, or held exactly by our model.
     """
     path = download.resolve(name)
     if path.is_dir() and any((path / part).is_dir() for part in ("checkpoints", "best")):
-        return load(path, which, mesh)
+        return load(path, which, mesh or sharding.make_mesh())
     return from_imported(load_weights(path), mesh)
 
 
-def from_imported(imported: Imported, mesh: Mesh) -> Trained:
-    """Somebody else's weights, with a configuration that describes them."""
-    cfg, config = imported.cfg, configuration.get_config()
+def from_imported(imported: Imported, mesh: Mesh | None) -> Trained:
+    """Somebody else's weights, with a configuration that describes them; see `load_any`."""
+    cfg, params, config = imported.cfg, imported.params, configuration.get_config()
     config.image_size = cfg.image_size
     config.data.channels = cfg.channels
     config.data.value_range = imported.value_range
@@ -128,7 +127,7 @@ def from_imported(imported: Imported, mesh: Mesh) -> Trained:
         config=config,
         class_names=names,
         model=experiment.build_model(config, len(names)),
-        params=jax.device_put(imported.params, sharding.replicated(mesh)),
+        params=jax.device_put(params, sharding.replicated(mesh)) if mesh else params,
         step=0,
         family=imported.family,
         resize=imported.posemb_resize,
@@ -142,7 +141,6 @@ def export(trained: Trained, folder: Path) -> None:
     Raises:
       UserError: the folder cannot be written.
     """
-    part = folder.with_name(folder.name + ".part")
     card = {
         "config": {**configuration.to_dict(trained.config), "ema_decay": 0.0},
         "class_names": list(trained.class_names),
@@ -150,13 +148,9 @@ def export(trained: Trained, folder: Path) -> None:
         "resize": trained.resize,
         "vit_jax": vit_jax.__version__,
     }
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with replacing(folder) as part:
+        part.mkdir()
         with Checkpoints(part, 1) as checkpoints:
             checkpoints.save_if_best(trained.step, trained.params, card, 0.0)
         (part / "checkpoints").rmdir()
         (part / "config.json").write_text(json.dumps(card["config"], indent=2) + "\n")
-        os.replace(part, folder)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error.strerror}") from error

@@ -202,3 +202,18 @@ def test_ranges_that_do_not_fit_are_explained():
         UserError, match="unknown value range 'clip'; use inception or imagenet"
     ):
         normalize(grey, "clip")
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("resize_shorter(256, method='area')|center_crop",
+         "resize_shorter(438, method='area')|center_crop"),
+        ("resize(method='bicubic', size=256)|center_crop",
+         "resize(method='bicubic', size=438)|center_crop"),
+        ("resize(method='bilinear_antialias')", "resize(method='bilinear_antialias')"),
+        ("resize_shorter(size=248)|center_crop", "resize_shorter(size=425)|center_crop"),
+    ],
+)  # fmt: skip
+def test_a_transform_for_another_size_keeps_the_share_of_its_crop(spec, expected):
+    assert preprocess.rescale(spec, (224, 224), (384, 384)) == expected

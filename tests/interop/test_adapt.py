@@ -7,6 +7,7 @@ import pytest
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
 from vit_jax import train as trainer
+from vit_jax import trained
 from vit_jax.errors import UserError
 from vit_jax.interop.adapt import adapt
 from vit_jax.interop.positions import resize_embedding
@@ -110,7 +111,8 @@ def test_fine_tuning_begins_where_pre_training_ended(tmp_path, capsys):
 
     run = trainer.build(config)
     state = jax.jit(run.init)()
-    begun = trainer.take_over(state, run)
+    before = trained.load_any(config.init_from, "last", run.mesh)
+    begun = trainer.take_over(state, run, before)
     for tree in (begun.params, begun.ema):
         kernel = tree["Transformer"]["encoderblock_1"]["MlpBlock_0"]["Dense_0"]["kernel"]
         fresh_kernel = state.params["Transformer"]["encoderblock_1"]["MlpBlock_0"]["Dense_0"]

@@ -11,8 +11,8 @@ from vit_jax.errors import UserError
 from vit_jax.interop import files, google, huggingface, timm
 from vit_jax.interop.families import FAMILIES
 from vit_jax.interop.load import load_weights
-from vit_jax.models.registry import variant_name
 from vit_jax.interop.positions import METHODS
+from vit_jax.models.registry import variant_name
 from vit_jax.models.variants import VARIANTS
 from vit_jax.models.vit_config import ViTConfig
 
@@ -30,7 +30,7 @@ def test_what_a_family_says_is_understood_elsewhere(name, size):
 
 def test_the_transforms_of_the_papers():
     assert FAMILIES["deit"].eval_transform((224, 224)) == (
-        "resize_shorter(256, method='bicubic')|center_crop"
+        "resize_shorter(256, method='bicubic')|center_crop('even')"
     )
     assert "248" in FAMILIES["timm"].eval_transform((224, 224))
 

@@ -473,7 +473,7 @@ def test_a_timm_folder_says_what_a_bare_file_cannot(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = load_weights(tmp_path)
     assert (found.value_range, found.notes) == ("imagenet", ())
-    assert found.eval_transform == "resize_shorter(35, method='bicubic')|center_crop"
+    assert found.eval_transform == "resize_shorter(35, method='bicubic')|center_crop('even')"
     assert found.class_names[6] == "class 6"
     x, tensor = images((32, 32))
     assert_close(ours(found, x)[0], theirs(tensor))

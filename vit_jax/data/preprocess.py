@@ -13,6 +13,7 @@ Sizes are (height, width) throughout and need not be square.
 import ast
 import difflib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -85,12 +86,16 @@ def _resize(
 def _resize_shorter(
     image: Image.Image, rng: Rng, target: Size, size: int, method: str = "area"
 ) -> Image.Image:
-    factor = size / min(image.size)
-    return resize(image, (round(image.height * factor), round(image.width * factor)), method)
+    # big_vision, which resizes by area, rounds the longer edge; torch's code cuts it off.
+    whole: Callable[[float], int] = round if method == "area" else int
+    shorter = min(image.size)
+    height, width = (whole(edge * size / shorter) for edge in (image.height, image.width))
+    return resize(image, (height, width), method)
 
 
-def _center_crop(image: Image.Image, rng: Rng, target: Size) -> Image.Image:
-    top, left = (image.height - target[0]) // 2, (image.width - target[1]) // 2
+def _center_crop(image: Image.Image, rng: Rng, target: Size, half: str = "down") -> Image.Image:
+    whole: Callable[[float], int] = int if half == "down" else round
+    top, left = (whole((a - b) / 2) for a, b in zip(image.size[::-1], target, strict=True))
     if top < 0 or left < 0:
         raise UserError(
             f"center_crop needs an image of at least {target[0]} x {target[1]}, but got "
@@ -203,8 +208,10 @@ def parse_transform(spec: str, image_size: Size) -> Transform:
     """Reads a transform such as `inception_crop(0.05, 1.0)|flip|randaugment(2, 10)`.
 
         resize(method='bilinear', size=0)       straight to image_size, or to size x size
-        resize_shorter(size, method='area')     keeps the aspect ratio
-        center_crop
+        resize_shorter(size, method='area')     keeps the aspect ratio; the longer edge is
+                                                rounded by `area`, cut off by others
+        center_crop(half='down')                where half a pixel goes: 'down' (TensorFlow,
+                                                Hugging Face) or to an 'even' one (torchvision)
         inception_crop(area_min=0.05, area_max=1.0, method='bilinear')
         random_resized_crop(scale_min=0.08, scale_max=1.0, method='bicubic')
         flip                                    left and right, every other time
@@ -215,6 +222,22 @@ def parse_transform(spec: str, image_size: Size) -> Transform:
     """
     steps = tuple(_parse_step(part.strip()) for part in spec.split("|") if spec.strip())
     return Transform(spec, (int(image_size[0]), int(image_size[1])), steps)
+
+
+# Arguments that are words, and the words that there are.
+WORDS = {"method": tuple(METHODS), "half": ("down", "even")}
+
+
+def rescale(spec: str, old: Size, new: Size) -> str:
+    """A transform that ends at size `old`, for size `new`: what is cut off keeps its share.
+
+    `resize_shorter(256, ...)|center_crop` for 224 pixels is 438 of 384.
+    """
+
+    def scaled(match: re.Match[str]) -> str:
+        return f"{match[1]}{int(match[2]) * max(new) // max(old)}"
+
+    return re.sub(r"(resize_shorter\((?:size=)?|resize\([^)]*size=)(\d+)", scaled, spec)
 
 
 def _parse_step(text: str) -> Step:
@@ -256,14 +279,14 @@ def _bind(text: str, name: str, args: list[Any], kwargs: dict[str, Any]) -> dict
 
 def _usage(name: str, parameters: list[inspect.Parameter]) -> str:
     usage = f"write {name}({', '.join(map(str, parameters))})"
-    methods = any(parameter.name == "method" for parameter in parameters)
-    return usage + f", with a method among {', '.join(METHODS)}" * methods
+    words = [parameter.name for parameter in parameters if parameter.name in WORDS]
+    return usage + "".join(f", with a {word} among {', '.join(WORDS[word])}" for word in words)
 
 
 def _fits(parameter: inspect.Parameter, arguments: dict[str, Any]) -> bool:
     name, value = parameter.name, arguments[parameter.name]
-    if name == "method":
-        return value in METHODS
+    if name in WORDS:
+        return value in WORDS[name]
     kinds = (int, float) if parameter.annotation is float else (int,)
     if isinstance(value, bool) or not isinstance(value, kinds):
         return False

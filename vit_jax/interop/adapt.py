@@ -10,13 +10,14 @@ from vit_jax.interop.families import flatten
 from vit_jax.interop.positions import resize_params
 from vit_jax.models import vit
 from vit_jax.models.model import Params
+from vit_jax.models.registry import ModelConfig
 from vit_jax.models.vit_config import ViTConfig
 
 _NEW = ("head", "head_dist")  # always from the fresh initialisation
 
 
 def adapt(
-    params: Params, old: ViTConfig, fresh: Params, new: ViTConfig, resize: str = "corner"
+    params: Params, old: ModelConfig, fresh: Params, new: ModelConfig, resize: str = "corner"
 ) -> tuple[Params, list[str]]:
     """Returns parameters for model `new` that begin where those of model `old` ended.
 
@@ -34,14 +35,17 @@ def adapt(
       UserError: arrays are missing, left over or of another shape; all are listed.
     """
     notes = ["head: new, zero-initialised"] if "head" in fresh else ["head: none"]
-    params = vit.unstack_layers(params) if old.scan else dict(params)
-    target = vit.unstack_layers(fresh) if new.scan else dict(fresh)
-    if old.grid != new.grid:
+    # A ResNet has no layers to scan and no positions, a Mixer only its own size.
+    scanned = [isinstance(cfg, ViTConfig) and cfg.scan for cfg in (old, new)]
+    params = vit.unstack_layers(params) if scanned[0] else dict(params)
+    target = vit.unstack_layers(fresh) if scanned[1] else dict(fresh)
+    if isinstance(old, ViTConfig) and isinstance(new, ViTConfig) and old.grid != new.grid:
         params = resize_params(params, old, new, resize)
         how = {"sincos2d": "computed anew", "none": "none"}.get(old.posemb, resize)
         sizes = " to ".join(f"{rows}x{columns}" for rows, columns in (old.grid, new.grid))
         notes.append(f"position embeddings: {sizes} ({how})")
-    kept = "pre_logits" in target and old.representation_size == new.representation_size
+    layers = [tree["pre_logits"] for tree in (params, target) if "pre_logits" in tree]
+    kept = len(layers) == 2 and layers[0]["kernel"].shape == layers[1]["kernel"].shape
     if "pre_logits" in params and not kept:
         params.pop("pre_logits")
         notes.append("pre_logits: dropped with the old head")
@@ -51,7 +55,7 @@ def adapt(
     params = {name: value for name, value in params.items() if name not in _NEW}
     params |= {name: target[name] for name in _NEW if name in target}
     _check(params, target)
-    return (vit.stack_layers(params) if new.scan else params), notes
+    return (vit.stack_layers(params) if scanned[1] else params), notes
 
 
 def _check(params: Params, target: Params) -> None:

@@ -53,7 +53,7 @@ class Family:
 
 
 _AREA = "resize_shorter(SHORTER, method='area')|center_crop"
-_BICUBIC = "resize_shorter(SHORTER, method='bicubic')|center_crop"
+_BICUBIC = "resize_shorter(SHORTER, method='bicubic')|center_crop('even')"
 
 # Numerics and resizing are what the published code of each family does. Not verified against
 # published files: that crops at other sizes than 224 keep the same share of the edge.

@@ -14,9 +14,8 @@ import math
 import os
 import pickle
 import re
-import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +23,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
+from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
 from vit_jax.interop.families import Arrays
 
@@ -277,43 +277,17 @@ def _from_torch(tensor: Any) -> np.ndarray:
 # ---- writing -------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Writes a file that is either complete or not there.
-
-    Raises:
-      UserError: it cannot be written.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            temporary = file.name
-            write(file)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # a temporary file is private, this one is not
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-
-
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes an uncompressed `.npz`, the same bytes for the same arrays.
 
     bfloat16 becomes two nameless bytes (`V2`), as in everybody's files.
     """
 
-    def write(file: IO[bytes]) -> None:
-        with zipfile.ZipFile(file, "w") as archive:
-            for name, value in arrays.items():
-                entry = zipfile.ZipInfo(f"{name}.npy")  # without the time of day
-                with archive.open(entry, "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(value), allow_pickle=False)
-
-    write_atomically(path, write)
+    with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
+        for name, value in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy")  # without the time of day
+            with archive.open(entry, "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, np.asarray(value), allow_pickle=False)
 
 
 def write_safetensors(
@@ -332,9 +306,7 @@ def write_safetensors(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
 
-    def write(file: IO[bytes]) -> None:
+    with replacing(path) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, value in items:
             file.write(np.ascontiguousarray(value).tobytes())
-
-    write_atomically(path, write)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
 from vit_jax.interop import files
 from vit_jax.interop.families import (
@@ -323,7 +324,7 @@ def write(
     state = {}
     for ours, value in arrays.items():
         prefix = f"{model}." if cfg.num_classes and not ours.startswith("head") else ""
-        state[prefix + names.name(ours)] = np.ascontiguousarray(to_torch(ours, value))
+        state[prefix + names.name(ours)] = to_torch(ours, value)
     if model.startswith("dinov2"):  # which every model of theirs has
         prefix = f"{model}." if cfg.num_classes else ""
         state[f"{prefix}embeddings.mask_token"] = np.zeros((1, cfg.width), np.float32)
@@ -415,8 +416,8 @@ def _special(cfg: ViTConfig, model: str) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = (json.dumps(value, indent=2) + "\n").encode()
-    files.write_atomically(path, lambda file: file.write(text))
+    with replacing(path) as part:
+        part.write_text(json.dumps(value, indent=2) + "\n")
 
 
 def _config(cfg: ViTConfig, class_names: tuple[str, ...] | None) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from scipy.interpolate import make_interp_spline
 
 from vit_jax.errors import UserError
 from vit_jax.models.vit_config import ViTConfig
@@ -111,6 +110,8 @@ def _geometric(old: int, new: int) -> np.ndarray:
 
 
 def _geometric_cubic(old: int, new: int) -> np.ndarray:
+    from scipy.interpolate import make_interp_spline  # a third of a second, for BEiT alone
+
     points, wanted = _geometric_points(old, new), np.arange(new) - new // 2
     spline = make_interp_spline(points, np.eye(old), k=min(3, old - 1))
     return spline(np.clip(wanted, points[0], points[-1]))

@@ -53,7 +53,8 @@ def from_timm(config: dict[str, Any], cfg: ViTConfig, notes: list[str]) -> dict[
     if isinstance(crop, float | int) and 0.1 < crop <= 1 and method in ("bicubic", "bilinear"):
         method = {"bilinear": "bilinear_antialias"}.get(method, method)
         shorter = math.floor(max(cfg.image_size) / crop)
-        given["eval_transform"] = f"resize_shorter({shorter}, method='{method}')|center_crop"
+        crop = "center_crop('even')"
+        given["eval_transform"] = f"resize_shorter({shorter}, method='{method}')|{crop}"
     labels = data.get("label_names", config.get("label_names"))
     if isinstance(labels, list) and len(labels) == cfg.num_classes and labels:
         given["class_names"] = tuple(map(str, labels))
@@ -94,7 +95,8 @@ def to_processor(
     """The `preprocessor_config.json` for a transform that ends in the right size."""
     number, text = r"(?:size=)?(?P<size>\d+)", r"(?:method=)?'(?P<method>\w+)'"
     pattern = (
-        rf"(?P<name>resize|resize_shorter)(\(({number}|{text}|, )*\))?(?P<crop>\|center_crop)?"
+        rf"(?P<name>resize|resize_shorter)(\(({number}|{text}|, )*\))?"
+        r"(?P<crop>\|center_crop(\((?:half=)?'(?P<half>down|even)'\))?)?"
     )
     match = re.fullmatch(pattern, eval_transform)
     shorter = match is not None and match["name"] == "resize_shorter"
@@ -110,6 +112,8 @@ def to_processor(
     codes = {name: code for code, name in _RESAMPLE.items()}
     if method not in codes:
         notes.append(f"Images are resized by bilinear_antialias there, by {method} here.")
+    if match["half"] == "even":
+        notes.append("The crop may stand one pixel further up or left there.")
     height, width = cfg.image_size
     size: dict[str, int] = {"height": height, "width": width}
     kind = "ViTImageProcessor"

@@ -377,7 +377,7 @@ def state_dict(cfg: ViTConfig, params: Params, class_row: bool = True) -> Arrays
         arrays |= {"cls": arrays["cls"] + table[:, :1], POSITIONS: table[:, 1:]}
     if cfg.relative == "bias" and cfg.posemb == "none":
         del arrays[POSITIONS]
-    state = {layout.name(k): np.ascontiguousarray(to_torch(k, v)) for k, v in arrays.items()}
+    state = {layout.name(k): to_torch(k, v) for k, v in arrays.items()}
     state = join(state, layout)
     if not cfg.key_bias:  # as BEiT writes it
         for part, theirs in (("query", "q_bias"), ("value", "v_bias")):
