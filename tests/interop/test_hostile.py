@@ -324,17 +324,43 @@ def shuffled(arrays, rng):
     return arrays
 
 
-@pytest.mark.parametrize("kind", ["google", "timm", "registers", "huggingface", "map"])
+BEIT = {
+    "relative": "bias",
+    "key_bias": False,
+    "posemb": "none",
+    "pool": "gap",
+    "class_token": True,
+    "final_norm": "pooled",
+    "layer_scale_init": 0.1,
+}
+KINDS = {
+    "google": {},
+    "timm": {},
+    "registers": {"registers": 2, "layer_scale_init": 0.1},
+    "map": {"pool": "map"},
+    "beit": BEIT,
+    "swiglu": {"mlp": "swiglu", "layer_scale_init": 0.1},
+    "distilled": {"distillation": "heads"},
+    "huggingface": {},
+    "huggingface_beit": BEIT,
+    "huggingface_dinov2": {
+        "mlp": "swiglu",
+        "mlp_dim": 48,
+        "layer_scale_init": 0.1,
+        "pool": "cls_gap",
+        "registers": 2,
+    },
+    "huggingface_deit": {"distillation": "heads"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_any_wrong_array_is_a_sentence(tmp_path, kind):
-    options = {
-        "registers": {"registers": 2, "layer_scale_init": 0.1},
-        "map": {"pool": "map"},
-    }
-    cfg, params = model(depth=1, **options.get(kind, {}))
+    cfg, params = model(depth=1, **KINDS[kind])
     if kind == "google":
         google.write(tmp_path / "w", cfg, params)
         arrays, _ = files.read(tmp_path / "w")
-    elif kind == "huggingface":
+    elif kind.startswith("huggingface"):
         huggingface.write(tmp_path, cfg, params)
         arrays, _ = files.read(tmp_path / "model.safetensors")
         (tmp_path / "config.json").unlink()

@@ -202,8 +202,8 @@ def _configure(
     """Reads the numbers of the model off the shapes, and what they do not say off `config`."""
     width, channels, patch, _ = axes(state, PATCHES, 4, source)
     block = "encoder.layer.0."
-    swiglu = f"{block}mlp.weights_out.weight" in state
     dinov2 = model.startswith("dinov2")
+    swiglu = dinov2 and any("weights_in" in name for name in state)
     mlp = "mlp.weights_out" if swiglu else "mlp.fc2" if dinov2 else "output.dense"
     mlp_dim = axes(state, f"{block}{mlp}.weight", 2, source)[1]
     depth = count_blocks(state, r"encoder\.layer\.(\d+)\.")

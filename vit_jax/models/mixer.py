@@ -30,7 +30,7 @@ from vit_jax.models.layers import (
     layer_norm,
     patchify,
 )
-from vit_jax.models.model import Model, Out, Params
+from vit_jax.models.model import EditPatches, Model, Out, Params
 
 
 class MixerVariant(NamedTuple):
@@ -227,7 +227,10 @@ def build(cfg: MixerConfig) -> Model:
         train: bool = False,
         rngs: dict[str, jax.Array] | None = None,
         return_attention: bool = False,
+        edit_patches: EditPatches | None = None,
     ) -> tuple[jax.Array, Out]:
+        if edit_patches is not None:
+            raise UserError("a Mixer has no patches to mask: use a Vision Transformer")
         if return_attention:
             raise UserError("a Mixer has no attention to look at: use a Vision Transformer")
         module = MlpMixer(cfg, train)

@@ -7,6 +7,8 @@ import jax
 
 Params = dict[str, Any]
 Out = dict[str, jax.Array]
+# What masked pre-training does to the (B, N, D) patch embeddings before the encoder.
+EditPatches = Callable[[jax.Array], jax.Array]
 
 
 class Apply(Protocol):
@@ -18,6 +20,7 @@ class Apply(Protocol):
         train: bool = False,
         rngs: dict[str, jax.Array] | None = None,
         return_attention: bool = False,
+        edit_patches: EditPatches | None = None,
     ) -> tuple[jax.Array, Out]: ...
 
 
@@ -27,14 +30,15 @@ class Model(NamedTuple):
     Attributes:
       config: what was built.
       init: `init(key) -> params`, nested dicts of float32 arrays.
-      apply: `apply(params, images, train=False, rngs=None, return_attention=False)
-        -> (logits, out)`: (B, H, W, C) float32 images to (B, K) float32 logits (with K = 0,
-        to the representation), and a dict of named intermediates. Of a Vision Transformer:
+      apply: `apply(params, images, train=False, rngs=None, return_attention=False,
+        edit_patches=None) -> (logits, out)`: (B, H, W, C) float32 images to (B, K) float32
+        logits (with K = 0, to the representation), and a dict of named intermediates. Of a
+        Vision Transformer:
         `patch_embedding` (B, N, D), `embedded` z_0 and `encoded` (B, T, D),
         `encoderblock_i/{msa,mlp,output}` (B, T, D), `pooled`, `pre_logits`, `logits`; on
         request `encoderblock_i/attention` (B, k, T, T). Under jit, what is not used costs
         nothing. `rngs={"dropout": key}` is needed when training with dropout or stochastic
-        depth.
+        depth. `edit_patches` changes the patch embeddings that the encoder sees.
     """
 
     config: Any

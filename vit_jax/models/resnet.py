@@ -32,7 +32,7 @@ from jax import lax
 
 from vit_jax.errors import UserError
 from vit_jax.models.layers import REMAT_POLICIES, Dense
-from vit_jax.models.model import Model, Out, Params
+from vit_jax.models.model import EditPatches, Model, Out, Params
 from vit_jax.models.variants import RESNETS
 
 
@@ -286,7 +286,10 @@ def build(cfg: ResNetConfig) -> Model:
         train: bool = False,
         rngs: dict[str, jax.Array] | None = None,
         return_attention: bool = False,
+        edit_patches: EditPatches | None = None,
     ) -> tuple[jax.Array, Out]:
+        if edit_patches is not None:
+            raise UserError("a ResNet has no patches to mask: use a Vision Transformer")
         if return_attention:
             raise UserError("a ResNet has no attention to look at: use a Vision Transformer")
         return cast(tuple[jax.Array, Out], module.apply({"params": params}, images, rngs=rngs))

@@ -32,7 +32,7 @@ from vit_jax.models.layers import (
     layer_norm,
     patchify,
 )
-from vit_jax.models.model import Model, Out, Params
+from vit_jax.models.model import EditPatches, Model, Out, Params
 from vit_jax.models.positions import PositionEmbedding, RelativeBias
 from vit_jax.models.resnet import reduction, resnet_features
 from vit_jax.models.vit_config import ViTConfig
@@ -205,6 +205,7 @@ class VisionTransformer(nn.Module):
     cfg: ViTConfig
     train: bool = False
     return_attention: bool = False
+    edit_patches: EditPatches | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Out]:
@@ -221,7 +222,8 @@ class VisionTransformer(nn.Module):
         patch_shape = (patch, patch, features.shape[-1])
         embedding = Dense(patch_shape, (cfg.width,), cfg.dtype, name="embedding")
         patches = embedding(patchify(features, patch))
-        tokens = self.prepend("dist", patches) if cfg.distillation != "none" else patches
+        tokens = patches if self.edit_patches is None else self.edit_patches(patches)
+        tokens = self.prepend("dist", tokens) if cfg.distillation != "none" else tokens
         tokens = self.prepend("cls", tokens) if cfg.has_class_token else tokens
         z, out = Encoder(cfg, self.train, self.return_attention, name="Transformer")(tokens)
         y = self.pool(z)
@@ -299,8 +301,9 @@ def build(cfg: ViTConfig) -> Model:
         train: bool = False,
         rngs: dict[str, jax.Array] | None = None,
         return_attention: bool = False,
+        edit_patches: EditPatches | None = None,
     ) -> tuple[jax.Array, Out]:
-        module = VisionTransformer(cfg, train, return_attention)
+        module = VisionTransformer(cfg, train, return_attention, edit_patches)
         return cast(tuple[jax.Array, Out], module.apply({"params": params}, images, rngs=rngs))
 
     return Model(cfg, init, apply)
