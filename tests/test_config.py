@@ -63,11 +63,13 @@ def test_storing_and_loading_changes_nothing():
     config = get_config()
     config.model.representation_size = 768
     config.image_size = (28, 56)
+    config.sweep.steps = ((500, 100), (2500, 200))
     set_duration(config, "total", epochs=3)
     stored = json.loads(json.dumps(configuration.to_dict(config)))
     again = configuration.from_dict(stored)
     assert again.to_dict() == config.to_dict()
     assert again.image_size == (28, 56)
+    assert again.sweep.steps == ((500, 100), (2500, 200))
 
 
 def test_a_stored_field_that_no_longer_exists_is_named():
@@ -83,6 +85,7 @@ def test_resuming_with_another_model_or_optimizer_is_refused_by_field():
     configuration.check_resumable(stored, config, "runs/x")
     config.eval_batch_size = 7  # how it is reported may change
     config.data.workers = 3
+    config.sweep.lr = (0.1, 0.2)
     set_duration(config, "log_every", steps=1)
     configuration.check_resumable(stored, config, "runs/x")
     del stored["ema_decay"]  # as if the field had been added since
@@ -104,3 +107,24 @@ def test_every_default_stands_in_one_place():
     get_config().model.variant = "L/32"
     assert get_config().model.variant == "B/16"
     assert isinstance(get_config(), ConfigDict)
+
+
+def test_the_model_of_weights_is_taken_but_for_what_a_run_decides():
+    config, weights = get_config(), get_config()
+    default = weights.model.to_dict()
+    changed = {
+        name: {str: f"other {name}", int: 77, float: 0.77, bool: not value}.get(type(value), 7)
+        for name, value in default.items()
+        if value is not None
+    }
+    weights.model.update(changed | {"num_heads": 5, "representation_size": 9})
+    weights.data.update({"channels": 1, "value_range": "imagenet", "threads": 99})
+    configuration.take_model(config, weights, ["model.gelu", "data.channels"])
+    of_the_run = {"dropout", "stochastic_depth", "dtype", "scan", "remat", "head_bias_init"}
+    of_the_run |= {"representation_size"}
+    for name, value in config.model.items():
+        kept = name in of_the_run or name == "gelu"
+        assert value == (default if kept else weights.model)[name], name
+    assert config.model.num_heads == 5
+    assert (config.data.channels, config.data.value_range) == (3, "imagenet")
+    assert config.data.threads == 16

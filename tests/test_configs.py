@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from tests.interop import tiny_models
 from vit_jax import config as configuration
+from vit_jax import experiment, sweep
 from vit_jax import train as trainer
+from vit_jax.errors import UserError
+from vit_jax.interop import timm
 from vit_jax.models.variants import decode_variant
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ARGUMENTS = {
+    "augreg": ["b16,cifar100"],
     "digits_finetune": ["pretrain", "finetune", "scratch"],
+    "finetune": ["l16,imagenet"],
     "vit_i1k": ["B/16", "L/32"],
     "vit_i21k": ["B/32", "L/16,epochs=30"],
     "vit_s16_i1k": ["90", "300"],
@@ -34,7 +40,8 @@ def load(name, argument=None):
 
 def shrink(config):
     """The same recipe on four patches of random pixels, with a narrow model."""
-    patch = decode_variant(config.model.variant)[1]
+    taken = config.model.variant is None  # from `tiny_weights`
+    patch = 8 if taken else decode_variant(config.model.variant)[1]
     config.image_size = (2 * patch, 2 * patch)
     config.batch_size = config.eval_batch_size = 8
     margin = 5 if "crop" in config.data.train_transform else 0
@@ -42,12 +49,19 @@ def shrink(config):
     config.data.source = f"synthetic:{shape},classes=7,examples=32"
     config.data.train_split, config.data.eval_split = "train", "test"
     config.data.threads = 2
-    config.model.update({"depth": 2, "width": 32, "mlp_dim": 48, "num_heads": 2})
+    if not taken:
+        config.model.update({"depth": 2, "width": 32, "mlp_dim": 48, "num_heads": 2})
     if config.model.representation_size:
         config.model.representation_size = 32
     configuration.set_duration(config, "total", steps=2)
     configuration.set_duration(config.optimizer, "warmup", steps=1)
     return config
+
+
+def tiny_weights(path):
+    """A file of somebody else's weights for patches of 8 pixels."""
+    timm.write(path, *tiny_models.model(pool="gap", gelu="erf"))
+    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -63,10 +77,16 @@ def test_each_configuration_trains(name, argument, optimizer, read, tmp_path, mo
     if argument == "finetune":
         config.init_from = str(tmp_path / "before")
         trainer.train(shrink(load(name, "pretrain")), tmp_path / "before")
+    if config.model.variant is None:
+        config.init_from = tiny_weights(tmp_path / "weights.safetensors")
     record_reads(config, read, monkeypatch)
     result = trainer.train(config, tmp_path / "run")
     assert np.isfinite(result["eval/loss"])
     assert result["eval/count"] == 32
+    if config.sweep.lr:
+        config.sweep.update({"train_split": "all", "test_split": "other"})  # synthetic has any
+        sweep.check_splits(config)
+        assert len(sweep.settings(config)) in (3, 6)
 
 
 def record_reads(config, read, monkeypatch):
@@ -87,6 +107,14 @@ def record_reads(config, read, monkeypatch):
         return value
 
     monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
+
+
+@pytest.mark.parametrize("variant", ["R26x1", "Mixer-S/16"])
+def test_networks_without_a_configuration_file_have_fields_too(variant, read, monkeypatch):
+    config = configuration.get_config()
+    config.model.variant = variant
+    record_reads(config, read, monkeypatch)
+    experiment.build_model(config, 7)
 
 
 def test_every_field_is_read_by_something(read):
@@ -124,3 +152,118 @@ def test_the_paper_rows():
     assert i1k.batch_size == i21k.batch_size == 4096
     # The paper's 90 epochs of all 1,281,167 images in batches of 1024.
     assert configuration.steps(simple, "total", 1_281_167, simple.batch_size) == 112_603
+
+
+# --- Fine-tuning --------------------------------------------------------------------------
+
+
+def total(config):
+    """Steps of training and of warm-up."""
+    return config.total_steps, config.optimizer.warmup_steps
+
+
+@pytest.mark.parametrize(
+    ("data", "splits", "length", "rates"),
+    [
+        (
+            "cifar10",
+            ("train[:98%]", "train[98%:]", "train", "test"),
+            (10_000, 500),
+            (0.001, 0.003, 0.01, 0.03),
+        ),
+        (
+            "cifar100",
+            ("train[:98%]", "train[98%:]", "train", "test"),
+            (10_000, 500),
+            (0.001, 0.003, 0.01, 0.03),
+        ),
+        (
+            "pets",
+            ("train[:90%]", "train[90%:]", "train", "test"),
+            (500, 100),
+            (0.001, 0.003, 0.01, 0.03),
+        ),
+        (
+            "oxford_flowers102",
+            ("train[:90%]", "train[90%:]", "train", "test"),
+            (500, 100),
+            (0.001, 0.003, 0.01, 0.03),
+        ),
+        (
+            "imagenet",
+            ("train[:99%]", "train[99%:]", "train", "validation"),
+            (20_000, 500),
+            (0.003, 0.01, 0.03),
+        ),
+    ],
+)
+def test_the_rows_of_table_4(data, splits, length, rates):
+    config = load("finetune", f"b16,{data}")
+    found = config.data.train_split, config.data.eval_split
+    assert (*found, config.sweep.train_split, config.sweep.test_split) == splits
+    assert total(config) == length
+    assert tuple(config.sweep.lr) == rates
+    assert config.optimizer.lr in rates
+    assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.9)
+    assert (config.optimizer.clip_norm, config.optimizer.weight_decay) == (1.0, 0.0)
+    assert (config.optimizer.schedule, config.batch_size) == ("cosine", 512)
+    assert config.optimizer.moment_dtype == "bfloat16"
+    assert config.image_size == (384, 384)
+    assert config.ema_decay == (0.9999 if data == "imagenet" else 0.0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "weights", "size", "dropout"),
+    [
+        ("ti16,cifar10", "augreg:Ti_16", 384, 0.0),
+        ("b32,imagenet", "google:ViT-B_32", 384, 0.0),
+        ("l16,cifar10", "google:ViT-L_16", 384, 0.1),
+        ("l16,imagenet", "google:ViT-L_16", 512, 0.1),
+        ("h14,pets", "google:ViT-H_14", 27 * 14, 0.1),
+        ("h14,imagenet2012", "google:ViT-H_14", 37 * 14, 0.1),
+        ("h14,imagenet,res=224", "google:ViT-H_14", 224, 0.1),
+        ("hf:owner/name,tfds:food101", "hf:owner/name", 384, 0.0),
+        ("runs/pretrain,digits", "runs/pretrain", 16, 0.0),
+        ("augreg:B_16,folder:a,b/c,res=448", "augreg:B_16", 448, 0.0),
+    ],
+)
+def test_the_weights_and_sizes_of_finetune(argument, weights, size, dropout):
+    config = load("finetune", argument)
+    assert config.init_from == weights
+    assert config.model.variant is None
+    assert config.image_size == (size, size)
+    assert config.model.dropout == dropout
+    source = argument.split(",", 1)[1].split(",res=")[0]
+    names = {"imagenet": "imagenet2012", "pets": "oxford_iiit_pet"}
+    source = names.get(source, source)
+    own = source == "digits" or ":" in source
+    assert config.data.source == (source if own else f"tfds:{source}")
+
+
+@pytest.mark.parametrize(
+    ("data", "rates", "lengths"),
+    [
+        ("imagenet", (0.01, 0.03), ((20_000, 500),)),
+        ("pets", (0.001, 0.003, 0.01), ((500, 100), (2500, 200))),
+        ("cifar100", (0.001, 0.003, 0.01), ((2500, 200), (10_000, 500))),
+        ("resisc45", (0.001, 0.003, 0.01), ((2500, 200), (10_000, 500))),
+    ],
+)
+def test_the_grid_of_augreg(data, rates, lengths):
+    config = load("augreg", f"r26s32,{data}")
+    assert config.init_from == "augreg:R26_S_32"
+    grid = {(setting.lr, setting.steps) for setting in sweep.settings(config)}
+    assert grid == {(rate, length) for rate in rates for length in lengths}
+    assert total(config) == lengths[0]
+    assert (config.model.dropout, config.batch_size) == (0.0, 512)
+    assert config.image_size == (384, 384)
+    assert load("augreg", f"b16,{data},res=224").image_size == (224, 224)
+
+
+@pytest.mark.parametrize("name", ["finetune", "augreg"])
+def test_arguments_that_say_nothing_are_refused_in_a_sentence(name):
+    for argument in ("b16", ",cifar100", "b16,"):
+        with pytest.raises(UserError, match="is not understood: write MODEL,DATA"):
+            load(name, argument)
+    with pytest.raises(UserError, match="has no data 'cifar11': use one of "):
+        load(name, "b16,cifar11")

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,10 +14,12 @@ import jax
 import numpy as np
 import pytest
 
+from tests.interop import tiny_models
 from tests.tiny_config import LONG, TOTAL, tiny
 from vit_jax import config as configuration
 from vit_jax import train as trainer
 from vit_jax.errors import UserError
+from vit_jax.interop import google, huggingface
 from vit_jax.training import sharding
 from vit_jax.training.checkpoint import Checkpoints, abstract
 from vit_jax.training.logging import read_metrics
@@ -147,7 +150,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_spares_the_checkpoint(tmp_
     configuration.set_duration(config.optimizer, "warmup", steps=12)
     configuration.set_duration(config, "checkpoint_every", steps=1)
     with pytest.raises(
-        UserError, match=r"is (nan|inf) at step \d+: the last good checkpoint"
+        trainer.Diverged, match=r"is (nan|inf) at step \d+: the last good checkpoint"
     ) as e:
         trainer.train(config, tmp_path)
     step = int(str(e.value).split("at step ")[1].split(":")[0])
@@ -175,6 +178,121 @@ def test_the_loop_neither_recompiles_nor_moves_data_by_accident(tmp_path):
             with jax.transfer_guard("disallow"):
                 state, _ = run.train_step(state, batch)
     assert run.train_step._cache_size() == 1
+
+
+# --- The model from the weights -----------------------------------------------------------
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A Hugging Face folder: exact GELU, another epsilon, pixels by mean and deviation."""
+    cfg, params = tiny_models.model(gelu="erf", layer_norm_eps=1e-12)
+    params = jax.tree.map(lambda x: 0.1 * x, params)
+    huggingface.write(tmp_path / "weights", cfg, params, value_range="imagenet")
+    return tmp_path / "weights"
+
+
+def finetune(weights, **model):
+    """Four steps from `weights`, which decide the model."""
+    config = tiny(init_from=str(weights), image_size=(16, 16), ema_decay=0.0)
+    configuration.set_duration(config, "total", steps=4)
+    config.data.source, config.data.train_transform = (
+        "synthetic:16x16x3,classes=3,examples=64",
+        "",
+    )
+    config.model.variant, config.model.depth = None, None
+    config.model.update(model)
+    return config
+
+
+def test_the_weights_decide_the_model_and_its_pixels(weights, tmp_path, capsys):
+    config = finetune(weights)
+    result = trainer.train(config, tmp_path / "run")
+    assert result["eval/count"] == 64
+    assert config.model.variant is None  # the caller's configuration stays as it is
+    output = capsys.readouterr()
+    assert "begins with" in output.out
+    assert "was trained with" not in output.err
+    stored = configuration.from_dict(json.loads((tmp_path / "run/config.json").read_text()))
+    for name in ("depth", "width", "mlp_dim", "num_heads"):
+        assert stored.model[name] == tiny_models.TINY[name]
+    assert stored.model.variant == "mu/8"
+    assert (stored.model.gelu, stored.model.layer_norm_eps) == ("erf", 1e-12)
+    assert (stored.data.value_range, stored.data.channels) == ("imagenet", 3)
+    assert (stored.model.dropout, stored.model.stochastic_depth) == (0.2, 0.2)
+    run = trainer.build(stored)
+    assert run.model_config.gelu == "erf"
+    assert run.model_config.grid == (2, 2)
+    prepared = trainer.experiment.prepare_for_eval(stored)(
+        {"image": np.full((1, 1, 1, 3), 255, np.uint8)}, jax.random.key(0)
+    )
+    np.testing.assert_allclose(prepared["image"][0, 0, 0, 0], (1 - 0.485) / 0.229, rtol=1e-6)
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with(weights, tmp_path):
+    config = finetune(weights)
+    result = trainer.train(config, tmp_path / "run")
+    again = config.copy_and_resolve_references()
+    configuration.set_duration(again, "eval_every", steps=4)
+    shutil.rmtree(weights)
+    assert trainer.train(again, tmp_path / "run") == result
+    with pytest.raises(UserError, match="there is no file or folder"):
+        trainer.train(config, tmp_path / "other")
+    with pytest.raises(UserError, match=r"was trained with model\.gelu='erf', not 'tanh'"):
+        trainer.train(finetune(weights, gelu="tanh"), tmp_path / "run", ["model.gelu"])
+
+
+def test_what_the_command_line_sets_wins_and_is_said(weights, tmp_path):
+    config = finetune(weights, gelu="tanh", depth=3)
+    resolved, before = trainer.resolve(config, tmp_path / "run", ["model.gelu"])
+    assert (resolved.model.gelu, resolved.model.depth) == ("tanh", 2)
+    assert before.config.model.gelu == "erf"
+    [note] = trainer.mismatches(resolved, before.config)
+    assert "was trained with model.gelu='erf' (here 'tanh'): set config to the same" in note
+    with pytest.raises(UserError, match=r"the weights do not fit the model: .*encoderblock_2"):
+        trainer.train(config, tmp_path / "deeper", ["model.depth"])
+
+
+def test_a_variant_with_other_numerics_than_the_weights_is_one_note(weights, tmp_path, capsys):
+    shape = {
+        name: tiny_models.TINY[name] for name in ("depth", "width", "mlp_dim", "num_heads")
+    }
+    config = finetune(weights, variant="mu/8", **shape)
+    config.data.channels = 3
+    resolved, before = trainer.resolve(config, tmp_path, [])
+    assert resolved is config
+    assert before is None
+    run = trainer.build(config)
+    before = trainer.trained.load_any(config.init_from, "last", None)
+    trainer.take_over(jax.jit(run.init)(), run, before)
+    [note] = [line for line in capsys.readouterr().err.splitlines() if "trained with" in line]
+    assert note == (
+        f"note: {weights} was trained with model.gelu='erf' (here 'tanh'), "
+        f"model.layer_norm_eps=1e-12 (here 1e-06), data.value_range='imagenet' (here "
+        f"'inception'): set config to the same, unless the difference is meant"
+    )
+
+
+def test_a_tanh_layer_stays_only_when_it_is_asked_for(tmp_path):
+    google.write(tmp_path / "w.npz", *tiny_models.model(representation_size=24))
+    config = finetune(tmp_path / "w.npz")
+    resolved, _ = trainer.resolve(config, tmp_path, [])
+    assert resolved.model.representation_size is None
+    config.model.representation_size = 24
+    resolved, before = trainer.resolve(config, tmp_path, [])
+    run = trainer.build(resolved)
+    state = trainer.take_over(jax.jit(run.init)(), run, before)
+    np.testing.assert_array_equal(
+        state.params["pre_logits"]["kernel"], before.params["pre_logits"]["kernel"]
+    )
+
+
+def test_no_variant_and_no_weights_is_an_error(tmp_path):
+    config = tiny()
+    config.model.variant = None
+    message = r"config\.model\.variant and config\.init_from are both unset"
+    with pytest.raises(UserError, match=message):
+        trainer.train(config, tmp_path)
 
 
 # --- In processes of their own, killed for real -------------------------------------------

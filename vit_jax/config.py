@@ -29,6 +29,7 @@ OPERATIONAL = (
     "data.workers",
     "data.threads",
     "sweep.",
+    "few_shot.",
 )
 
 # Fields of `config.model` that a run decides even where its model comes from the weights that
@@ -110,7 +111,14 @@ def get_config() -> ConfigDict:
     data.workers = 0  # processes that decode; 0: threads of this process
     data.threads = 16
 
+    config.few_shot = few_shot = ConfigDict()  # beside evaluation: see training/probes.py
+    few_shot.shots = ()  # images a class, e.g. (5, 10); none: off
+    _duration(few_shot, "every", epochs=1)  # a multiple of eval_every
+
     config.objective = objective = ConfigDict()
+    objective.name = "classification"  # classification | masked_patches (2010.11929, B.1.2)
+    objective.target = "mean_colour"  # of masked patches: mean_colour | small_patch | pixels
+    objective.mask_ratio = 0.5  # share of the patches that are corrupted
     objective.loss = "softmax"  # softmax | sigmoid (summed over classes)
     objective.label_smoothing = 0.0
 

@@ -124,8 +124,6 @@ def write(model: Trained, destination: Path, form: str, dtype: str) -> tuple[str
         return ()
     if form == "npz":
         return google.write(destination, cfg, params)
-    if not isinstance(cfg, ViTConfig) or cfg.resnet is not None:
-        raise UserError(f"--format={form} is for Vision Transformers alone: use npz or vit_jax")
     if form == "timm":
         return timm.write(destination, cfg, params)
     return huggingface.write(

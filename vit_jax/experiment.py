@@ -1,38 +1,56 @@
 """From a configuration to the things it names, for every door alike."""
 
+import contextlib
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import config as configuration
-from vit_jax.data import mixing, preprocess, sources
+from vit_jax.data import mixing, pipeline, preprocess, sources
+from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.models import registry
 from vit_jax.models.model import Model
 from vit_jax.objectives.classification import Classification
+from vit_jax.objectives.masked_patches import MaskedPatches
+from vit_jax.training import probes, sharding
 from vit_jax.training.optimizer import Schedule, make_schedule
 from vit_jax.training.step import Batch, Prepare
 
+Objective = Classification | MaskedPatches
+OBJECTIVES = ("classification", "masked_patches")
+
 
 def build_model(config: ConfigDict, num_classes: int) -> Model:
-    """Returns the network of a `config`.
-
-    Raises:
-      UserError: there is no such variant, or a field does not fit it.
-    """
-    if config.model.variant is None:
-        raise UserError(
-            "config.model.variant and config.init_from are both unset: name a variant such as "
-            "B/16, or set config.init_from to weights that bring their own"
-        )
     cfg = registry.configure(config.model, config.image_size, config.data.channels, num_classes)
     return registry.build(cfg)
 
 
-def build_objective(config: ConfigDict, num_classes: int) -> Classification:
-    model = build_model(config, num_classes)
-    return Classification(model, config.objective.loss, config.objective.label_smoothing)
+def class_names(config: ConfigDict, found: Sequence[str]) -> tuple[str, ...]:
+    """The classes that the model has outputs for: those of the data, or none."""
+    return tuple(found) if config.objective.name == "classification" else ()
+
+
+def build_objective(config: ConfigDict, num_classes: int) -> Objective:
+    """Raises UserError for an objective that does not exist or does not fit the rest."""
+    objective = config.objective
+    if objective.name not in OBJECTIVES:
+        raise UserError(
+            f"objective.name is {objective.name!r}: use one of {', '.join(OBJECTIVES)}"
+        )
+    if objective.name == "classification":
+        model = build_model(config, num_classes)
+        return Classification(model, objective.loss, objective.label_smoothing)
+    if config.data.mixup:
+        raise UserError(
+            f"data.mixup is {config.data.mixup}, which mixes labels, but "
+            f"objective.name={objective.name!r} has none: set data.mixup=0"
+        )
+    return MaskedPatches(build_model(config, 0), objective.target, objective.mask_ratio)
 
 
 def build_schedule(config: ConfigDict, examples: int) -> Schedule:
@@ -90,7 +108,9 @@ def prepare_for_eval(config: ConfigDict) -> Prepare:
     value_range = config.data.value_range
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
-        return {**batch, "image": preprocess.normalize(batch["image"], value_range)}
+        # What an objective does not read of this costs nothing under jit.
+        pixels = batch["image"]
+        return {**batch, "image": preprocess.normalize(pixels, value_range), "pixels": pixels}
 
     return prepare
 
@@ -108,3 +128,34 @@ def prepare_for_training(config: ConfigDict, num_classes: int) -> Prepare:
         return {**batch, "image": images, "targets": targets}
 
     return prepare
+
+
+def build_few_shot(
+    config: ConfigDict, model: Model, source: Source, eval_source: Source, mesh: Mesh
+) -> Callable[[Any], dict[str, float]]:
+    """Returns `probe(params) -> {"few_shot/5": accuracy}`, averaged over the choices of images.
+
+    The images are chosen when it is called first, from the labels of all of `source`.
+    """
+    shots, classes = tuple(config.few_shot.shots), len(source.class_names)
+    step = probes.make_feature_step(model, prepare_for_eval(config), mesh)
+    chosen: list[probes.Subsets] = []
+
+    def features(params: Any, source: Any) -> probes.Features:
+        batches = pipeline.eval_batches(
+            source, batch_size=config.eval_batch_size, **eval_pipeline(config)
+        )
+        with contextlib.closing(batches):
+            on_device = (sharding.put_batch(batch, mesh) for batch in batches)
+            return probes.extract(lambda batch: step(params, batch), on_device)
+
+    def probe(params: Any) -> dict[str, float]:
+        if not chosen:
+            labels = probes.read_labels(source, config.data.threads)
+            chosen.append(probes.choose_subsets(labels, classes, shots, probes.SEEDS))
+        [subsets] = chosen
+        train = features(params, probes.Rows(source, subsets.indices))
+        found = probes.few_shot_accuracy(train, features(params, eval_source), subsets, classes)
+        return {f"few_shot/{n}": float(np.mean(each)) for n, each in found.items()}
+
+    return probe

@@ -35,7 +35,7 @@ from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.interop.adapt import adapt
 from vit_jax.models.model import count_parameters
-from vit_jax.models.vit_config import ViTConfig
+from vit_jax.models.registry import ModelConfig
 from vit_jax.trained import Trained
 from vit_jax.training import sharding
 from vit_jax.training.checkpoint import Card, Checkpoints, abstract
@@ -57,6 +57,7 @@ class Plan(NamedTuple):
     log_every: int
     eval_every: int
     checkpoint_every: int
+    few_shot_every: int | None  # None: never
 
     def due(self, step: int, every: int) -> bool:
         return step == self.total or (every > 0 and step % every == 0)
@@ -64,11 +65,19 @@ class Plan(NamedTuple):
 
 def make_plan(config: ConfigDict, examples: int) -> Plan:
     """Resolves the durations of `config`; `examples` is the size of an epoch."""
-    plan = Plan(
-        *(configuration.steps(config, f, examples, config.batch_size) for f in Plan._fields)
+    steps = lambda node, name: configuration.steps(node, name, examples, config.batch_size)
+    few_shot = steps(config.few_shot, "every") if config.few_shot.shots else None
+    total, log, evaluation, checkpoint = (
+        steps(config, name) for name in ("total", "log_every", "eval_every", "checkpoint_every")
     )
+    plan = Plan(total, log, evaluation, checkpoint, few_shot)
     if plan.total < 1:
         raise UserError("the length of training is 0 steps: set e.g. config.total_epochs=90")
+    if few_shot and (not plan.eval_every or few_shot % plan.eval_every):
+        raise UserError(
+            f"few_shot.every is {few_shot} steps, which is no multiple of eval_every, "
+            f"{plan.eval_every}: make it one, for it is a part of the evaluation"
+        )
     return plan
 
 
@@ -171,7 +180,7 @@ def resolve(
     if (known := model_of_workdir(workdir, config.init_from)) is not None:
         configuration.take_model(config, known, overridden)
         return config, None
-    before = trained.load_any(config.init_from, "last", sharding.make_mesh())
+    before = trained.load_any(config.init_from, "last", None)
     configuration.take_model(config, before.config, overridden)
     return config, before
 
@@ -194,7 +203,7 @@ class Run(NamedTuple):
     """Everything about a run that does not change from step to step."""
 
     config: ConfigDict
-    model_config: ViTConfig
+    model_config: ModelConfig
     mesh: jax.sharding.Mesh
     source: Source
     eval_source: Source
@@ -202,6 +211,8 @@ class Run(NamedTuple):
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     eval_step: Callable[[Any, Any, Any], Any]
+    score: Callable[[Metrics], float]
+    few_shot: Callable[[Any], Metrics]
     train_reading: dict[str, Any]
     eval_reading: dict[str, Any]
     card: Card
@@ -239,11 +250,13 @@ def build(config: ConfigDict) -> Run:
         init=lambda: init_state(objective, optimizer, config.seed, bool(config.ema_decay)),
         train_step=jax.jit(step, donate_argnums=0),  # the new state takes the old one's memory
         eval_step=jax.jit(eval_step),
+        score=objective.score,
+        few_shot=experiment.build_few_shot(config, objective.model, source, eval_source, mesh),
         train_reading=experiment.train_pipeline(config),
         eval_reading=experiment.eval_pipeline(config),
         card={
             "config": configuration.to_dict(config),
-            "class_names": list(source.class_names),
+            "class_names": list(experiment.class_names(config, source.class_names)),
             "vit_jax": vit_jax.__version__,
         },
     )
@@ -270,7 +283,7 @@ def begin(
     if state is None:
         state = jax.jit(run.init, out_shardings=everywhere)()
         if run.config.init_from:
-            before = before or trained.load_any(run.config.init_from, "last", run.mesh)
+            before = before or trained.load_any(run.config.init_from, "last", None)
             state = take_over(state, run, before)
     text = json.dumps(run.card["config"], indent=2)
     (workdir / "config.json").write_text(text + "\n")
@@ -303,8 +316,8 @@ def mismatches(config: ConfigDict, weights: ConfigDict) -> list[str]:
     if not wrong:
         return []
     return [
-        f"{config.init_from} was trained with {', '.join(wrong)}: set config.model.variant=None "
-        f"to take over what the weights say, unless the difference is meant"
+        f"{config.init_from} was trained with {', '.join(wrong)}: set config to the same, "
+        f"unless the difference is meant"
     ]
 
 
@@ -322,13 +335,19 @@ def evaluate_state(run: Run, state: TrainState, stop: StopSignal) -> Metrics | N
             (sharding.put_batch(batch, run.mesh) for batch in batches),
             lambda: stop.requested,
         )
-    return averages and {f"eval/{name}": value for name, value in averages.items()}
+    if averages is None:
+        return None
+    metrics = {f"eval/{name}": value for name, value in averages.items()}
+    every = run.plan.few_shot_every
+    if every is not None and run.plan.due(int(state.step), every):
+        metrics |= run.few_shot(state.eval_params)
+    return metrics
 
 
 def recorded_evaluation(log: MetricWriter, step: int) -> Metrics | None:
     """The evaluation that the log holds for `step`, if any."""
     for record in reversed(log.records):
-        if record["step"] == step and "eval/accuracy" in record:
+        if record["step"] == step and "eval/count" in record:
             return {name: value for name, value in record.items() if name != "step"}
     return None
 
@@ -355,7 +374,8 @@ def loop(
 
     def keep_if_best(step: int, metrics: Metrics) -> None:
         card = {**run.card, "metrics": metrics}
-        checkpoints.save_if_best(step, state.eval_params, card, metrics["eval/accuracy"])
+        score = run.score({name.removeprefix("eval/"): x for name, x in metrics.items()})
+        checkpoints.save_if_best(step, state.eval_params, card, score)
 
     def evaluate_now(step: int) -> Metrics | None:
         metrics = evaluate_state(run, state, stop)
@@ -476,7 +496,8 @@ def main(positional: list[str]) -> None:
     cli.no_positional(positional)
     result = train(*from_flags())
     if result:
-        print(f"accuracy {result['eval/accuracy']:.4f} of {result['eval/count']} examples")
+        name = "accuracy" if "eval/accuracy" in result else "loss"
+        print(f"{name} {result[f'eval/{name}']:.4f} of {result['eval/count']} examples")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from vit_jax.interop import download
 from vit_jax.interop.load import Imported, load_weights
 from vit_jax.models import registry
 from vit_jax.models.model import Model, Params
+from vit_jax.objectives import masked_patches
 from vit_jax.training import sharding
 from vit_jax.training.checkpoint import Checkpoints, abstract, load_card, load_params
 
@@ -89,9 +90,11 @@ def load(workdir: Path, which: str, mesh: Mesh) -> Trained:
     config = configuration.from_dict(card["config"])
     class_names = tuple(card["class_names"])
     model = experiment.build_model(config, len(class_names))
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    objective = experiment.build_objective(config, len(class_names))
+    shapes, _ = jax.eval_shape(objective.init, jax.random.key(0))
     target = abstract(shapes, sharding.replicated(mesh))
     params = load_params(workdir, which, target)
+    params.pop(masked_patches.NAME, None)  # of the objective, not of the model
     family, resize = card.get("family", "vit_jax"), card.get("resize", "corner")
     return Trained(config, class_names, model, params, card["step"], family, resize)
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.interop.test_hostile import attempt, shuffled
 from vit_jax.errors import UserError
 from vit_jax.interop import files, google
 from vit_jax.interop.families import expected_shapes, nest
@@ -23,19 +24,18 @@ torch = pytest.importorskip("torch")
 
 
 def hybrid(units, patch_size, image_size, **changes):
-    """A configuration and random parameters, kernels off centre: that is taken out again."""
+    """A configuration and random parameters; the kernels of the ResNet are off centre."""
     tiny = {"depth": 2, "width": 64, "mlp_dim": 96, "num_heads": 4, "num_classes": 7}
     cfg = ViTConfig(image_size, 3, patch_size, resnet=units, **tiny | changes)
     rng = np.random.default_rng(0)
 
     def random(name, shape):
-        noise = rng.standard_normal(shape).astype(np.float32)
-        if name.endswith("/scale"):
-            return np.float32(1) + np.float32(0.3) * noise
-        convolution = name.startswith(("conv_root", "block")) and name.endswith("/kernel")
-        if convolution:
-            return np.float32(0.03) + np.float32(0.1) * noise
-        return np.float32(2 * cfg.width**-0.5 if len(shape) > 1 else 0.2) * noise
+        noise = rng.standard_normal(shape)
+        if not name.endswith("/kernel"):
+            return (name.endswith("/scale") + 0.2 * noise).astype(np.float32)
+        inputs = shape[0] if "/MultiHead" in name and "/out/" not in name else shape[:-1]
+        centre = 0.3 if name.startswith(("conv_root", "block")) else 0.0
+        return ((centre + noise) / np.sqrt(np.prod(inputs))).astype(np.float32)
 
     shapes = expected_shapes(cfg)
     return cfg, nest({name: random(name, shape) for name, shape in shapes.items()})
@@ -77,31 +77,66 @@ def timms(cfg, **options):
     ).eval()
 
 
-def deviation(cfg, params, theirs):
-    """The largest difference of logits on two random images, of the largest logit."""
+def images(cfg):
+    """Noise, and noise that grows darker from left to right."""
     x = np.random.default_rng(1).standard_normal((2, *cfg.image_size, 3)).astype(np.float32)
-    found, _ = jax.jit(registry.build(cfg).apply)(params, x)
+    x[1] = -np.sort(-x[1], axis=1)
+    return x
+
+
+def ours(cfg, params):
+    return jax.jit(registry.build(cfg).apply)(params, images(cfg))[0]
+
+
+def deviation(found, cfg, theirs):
+    """The largest difference of logits on two random images, of the largest logit."""
     with torch.no_grad():
-        expected = theirs(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+        expected = theirs(torch.from_numpy(images(cfg).transpose(0, 3, 1, 2).copy())).numpy()
     assert found.shape == expected.shape
     largest = np.abs(expected).max()
     assert np.abs(expected[0] - expected[1]).max() > 0.1 * largest  # they see the images
     return np.abs(found - expected).max() / largest
 
 
+def with_our_epsilons(theirs, monkeypatch):
+    """timm's network as it would be with the epsilons of Google's."""
+    from timm.layers import StdConv2dSame
+
+    def forward(self, x):
+        high, wide = (
+            max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            for size, stride, kernel in zip(
+                x.shape[2:], self.stride, self.kernel_size, strict=True
+            )
+        )
+        sides = (wide // 2, wide - wide // 2, high // 2, high - high // 2)
+        x = torch.nn.functional.pad(x, sides)
+        deviation, mean = torch.std_mean(self.weight, (1, 2, 3), correction=0, keepdim=True)
+        kernel = (self.weight - mean) / (deviation + 1e-5)
+        return torch.nn.functional.conv2d(x, kernel, stride=self.stride)
+
+    monkeypatch.setattr(StdConv2dSame, "forward", forward)
+    for module in theirs.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.eps = 1e-6
+    return theirs
+
+
 # Small images with as many patches as 224 x 224 and 384 x 384 pixels have at 32, and oblong.
 @pytest.mark.parametrize(
     ("units", "patch_size", "image_size"),
-    [((), 8, (56, 56)), ((2, 1), 8, (96, 96)), ((1, 1, 1), 16, (32, 80))],
+    [((), 8, (56, 56)), ((), 8, (96, 96)), ((2, 1), 8, (24, 56)), ((1, 1, 1), 16, (32, 48))],
 )
-def test_logits_equal_timms_through_googles_file(tmp_path, units, patch_size, image_size):
+def test_logits_equal_timms_through_googles_file(
+    tmp_path, monkeypatch, units, patch_size, image_size
+):
     cfg, params = hybrid(units, patch_size, image_size)
     google.write(tmp_path / "w.npz", cfg, params)
     theirs = timms(cfg, act_layer="gelu_tanh")
     theirs.load_pretrained(str(tmp_path / "w.npz"))
-    value = deviation(cfg, params, theirs)
-    print("DEV", units, image_size, value)
-    assert value < 1e-4
+    found = ours(cfg, params)
+    assert deviation(found, cfg, theirs) < 1e-4  # 2e-5 here, 1e-4 at the size of R50+B/16
+    assert deviation(found, cfg, with_our_epsilons(theirs, monkeypatch)) < 1e-5
 
 
 def test_logits_of_the_published_tiny_hybrid_at_its_full_size(tmp_path):
@@ -115,9 +150,9 @@ def test_logits_of_the_published_tiny_hybrid_at_its_full_size(tmp_path):
     google.write(tmp_path / "w.npz", cfg, params)
     theirs = vit_tiny_r_s16_p8_224(act_layer="gelu_tanh").eval()
     theirs.load_pretrained(str(tmp_path / "w.npz"))
-    value = deviation(cfg, params, theirs)
-    print("DEV full", value)
-    assert value < 1e-4
+    assert (
+        deviation(ours(cfg, params), cfg, theirs) < 1e-5
+    )  # its ResNet is a single convolution: little for epsilons to change
 
 
 def randomize(module):
@@ -125,7 +160,7 @@ def randomize(module):
     for name, parameter in module.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         offset = 1.0 if "norm" in name and name.endswith("weight") else 0.0
-        parameter.data = offset + (0.1 if parameter.ndim > 1 else 0.3) * noise
+        parameter.data = offset + (0.2 if parameter.ndim > 1 else 0.3) * noise
     return module
 
 
@@ -135,7 +170,7 @@ def arrays_of(module):
 
 @pytest.mark.parametrize(
     ("units", "patch_size", "image_size", "prefix"),
-    [((), 16, (64, 64), "module."), ((2, 1), 8, (32, 40), "")],
+    [((), 16, (64, 64), "module."), ((1, 1), 8, (32, 40), "")],
 )
 def test_timms_own_files_are_read(tmp_path, units, patch_size, image_size, prefix):
     cfg, _ = hybrid(units, patch_size, image_size, gelu="erf")
@@ -145,9 +180,7 @@ def test_timms_own_files_are_read(tmp_path, units, patch_size, image_size, prefi
     found = load_weights(tmp_path / "w", image_size, num_heads=4)
     assert (found.cfg, found.family) == (cfg, "timm")
     assert "epsilons" in found.notes[-1]
-    value = deviation(found.cfg, found.params, theirs)
-    print("DEV timm", units, value)
-    assert value < 1e-4
+    assert deviation(ours(found.cfg, found.params), cfg, theirs) < 1e-4
 
 
 def test_the_config_beside_a_hybrid_is_used(tmp_path):
@@ -163,7 +196,7 @@ def test_the_config_beside_a_hybrid_is_used(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     found = load_weights(tmp_path)
     assert (found.cfg.num_heads, found.cfg.gelu, found.cfg.patch_size) == (2, "tanh", 8)
-    assert found.eval_transform == "resize_shorter(64, method='bicubic')|center_crop"
+    assert found.eval_transform.startswith("resize_shorter(64, method='bicubic')|center_crop")
     assert found.class_names == tuple("abcdefg")
 
 
@@ -196,6 +229,15 @@ def test_other_backbones_are_refused(tmp_path):
         load_weights(tmp_path / "w", num_heads=4)
 
 
+@pytest.mark.parametrize("kind", ["hybrid", "mixer"])
+def test_any_wrong_array_is_a_sentence(tmp_path, kind):
+    module = timms_mixer() if kind == "mixer" else timms(hybrid((1,), 8, (32, 32))[0])
+    state, rng = arrays_of(module), np.random.default_rng(0)
+    for _ in range(100):
+        files.write_npz(tmp_path / "w", shuffled(state, rng))
+        attempt(lambda path: load_weights(path, num_heads=4), tmp_path / "w")
+
+
 # ---- Mixers --------------------------------------------------------------------------------
 
 
@@ -218,7 +260,7 @@ def test_timms_mixers_are_read(tmp_path, options):
     found = load_weights(tmp_path / "w", image_size)
     assert (found.family, found.notes) == ("timm", ())
     assert (found.cfg.image_size, found.cfg.gelu) == (image_size, "erf")
-    assert deviation(found.cfg, found.params, theirs) < 1e-5
+    assert deviation(ours(found.cfg, found.params), found.cfg, theirs) < 1e-5
     google.write(tmp_path / "again.npz", found.cfg, found.params)
     again = load_weights(tmp_path / "again.npz", image_size)
     jax.tree.map(np.testing.assert_array_equal, again.params, found.params)

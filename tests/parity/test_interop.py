@@ -167,7 +167,7 @@ def test_dinov2_as_its_authors_store_it(tmp_path, shape):
     torch.save(dict(state), tmp_path / "dinov2.pth")
     found = load_weights(tmp_path / "dinov2.pth", num_heads=shape["heads"])
     assert (found.family, found.posemb_resize) == ("dinov2", "bicubic_antialias")
-    assert any("mask token" in note for note in found.notes)
+    assert any("mask_token" in note for note in found.notes)
     x, tensor = images((32, 32))
     assert_close(ours(found, x)[0], theirs(tensor))
 

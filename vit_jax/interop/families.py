@@ -10,16 +10,18 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from vit_jax.errors import UserError
 from vit_jax.models import registry
+from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.model import Params
 from vit_jax.models.positions import posemb_sincos_2d
 from vit_jax.models.registry import ModelConfig
+from vit_jax.models.resnet import ResNetConfig
 from vit_jax.models.variants import VARIANTS
 from vit_jax.models.vit_config import ViTConfig
 
@@ -176,14 +178,17 @@ def axes(arrays: Arrays, name: str, rank: int, source: Path) -> tuple[int, ...]:
     return shape
 
 
-def configure(source: Path, **fields: Any) -> ViTConfig:
-    """A `ViTConfig`, with the file named in its complaint.
+_Config = TypeVar("_Config", ViTConfig, MixerConfig, ResNetConfig)
+
+
+def configure(source: Path, kind: type[_Config], **fields: Any) -> _Config:
+    """A configuration, with the file named in its complaint.
 
     Raises:
       UserError: no model can have these numbers.
     """
     try:
-        return ViTConfig(**fields)
+        return kind(**fields)
     except UserError as error:
         raise UserError(f"{source} does not describe a model: {error}") from error
 
@@ -201,13 +206,13 @@ def square_grid(
         edge = round(patches**0.5)
         if edge * edge != patches:
             raise UserError(
-                f"{source} has position embeddings for {patches} patches, which is no square: "
-                f"say the image size that they were made for"
+                f"{source} is made for {patches} patches, which is no square: say the image "
+                f"size"
             )
         return edge * patch_size, edge * patch_size
     if (image_size[0] // patch_size) * (image_size[1] // patch_size) != patches:
         raise UserError(
-            f"{source} has position embeddings for {patches} patches of {patch_size} pixels, "
+            f"{source} is made for {patches} patches of {patch_size} pixels, "
             f"which is not an image of {image_size[0]} x {image_size[1]}"
         )
     return image_size
@@ -276,7 +281,7 @@ def check_arrays(
         if name in found and found[name].shape != shape
     ]
     if wrong:
-        raise UserError(f"{source} does not fit a Vision Transformer: {'; '.join(wrong)}")
+        raise UserError(f"{source} does not fit its model: {'; '.join(wrong)}")
 
 
 def learned_positions(cfg: ViTConfig, params: Params) -> np.ndarray:

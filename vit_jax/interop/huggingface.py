@@ -48,6 +48,7 @@ from vit_jax.interop.torch_layout import (
     count_blocks,
     export,
     join,
+    require_plain,
     split,
     to_torch,
 )
@@ -238,6 +239,7 @@ def _configure(
     scale = {"beit": "lambda_1"}.get(model, "layer_scale1.lambda1" if dinov2 else "")
     return configure(
         source,
+        ViTConfig,
         image_size=image_size,
         channels=channels,
         patch_size=patch,
@@ -309,6 +311,7 @@ def write(
     Raises:
       UserError: a Hugging Face ViT has no place for something in the model.
     """
+    require_plain(cfg, folder)
     model = _model_type(cfg, folder)
     if class_names is not None and len(class_names) != cfg.num_classes:
         raise UserError(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import UserError
-from vit_jax.interop import files, google, huggingface, timm
+from vit_jax.interop import files, google, huggingface, timm, timm_hybrid
 from vit_jax.interop.families import Imported
 
 __all__ = ["Imported", "load_weights"]
@@ -20,13 +20,13 @@ def load_weights(
     Args:
       path: an `.npz`, `.safetensors` or PyTorch file, or a folder with a `config.json`. Names
         decide nothing; a `config.json` beside a file is used.
-      image_size: (height, width) that position embeddings were made for; needed where they
-        are not for a square and nothing in the file says so.
+      image_size: (height, width) that position embeddings, or the token mixing of a Mixer,
+        were made for; needed where that is not a square and nothing in the file says so.
       num_heads: where the file does not say it and its width does not give it away.
 
     Raises:
-      UserError: the file cannot be read, is not a Vision Transformer, or is one that our
-        model cannot hold exactly.
+      UserError: the file cannot be read, is none of our models, or is one that our model
+        cannot hold exactly.
     """
     path = Path(path)
     config = huggingface.config_beside(path)
@@ -38,6 +38,10 @@ def load_weights(
         return google.read(arrays, path, image_size)
     if huggingface.recognises(arrays):
         return huggingface.read(arrays, path, config, image_size, num_heads)
+    if timm_hybrid.recognises_mixer(arrays):
+        return timm_hybrid.read_mixer(arrays, path, config, image_size)
+    if timm_hybrid.recognises(arrays):  # before those that it is built on
+        return timm_hybrid.read(arrays, path, config, image_size, num_heads)
     if timm.recognises(arrays):
         said = _said(path, origin)
         size, heads = said.pop("image_size", None), said.pop("num_heads", None)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError
+from vit_jax.models.registry import ModelConfig
 from vit_jax.models.vit_config import ViTConfig
 
 # Mean and standard deviation of the channels of pixels in [0, 1].
@@ -39,7 +40,7 @@ def unknown_range(mean: Any, std: Any) -> str:
 _RESAMPLE = {1: "lanczos", 2: "bilinear_antialias", 3: "bicubic"}  # PIL's codes
 
 
-def from_timm(config: dict[str, Any], cfg: ViTConfig, notes: list[str]) -> dict[str, Any]:
+def from_timm(config: dict[str, Any], cfg: ModelConfig, notes: list[str]) -> dict[str, Any]:
     """What a timm `config.json` says about images and classes."""
     data = config.get("pretrained_cfg")
     given: dict[str, Any] = {}

@@ -41,6 +41,7 @@ from vit_jax.interop.torch_layout import (
     export,
     join,
     refuse,
+    require_plain,
     split,
     to_torch,
 )
@@ -322,6 +323,7 @@ def _configure(
     outputs = lambda name: axes(state, name, 2, source)[0] if name in state else 0
     return configure(
         source,
+        ViTConfig,
         image_size=image_size,
         channels=channels,
         patch_size=patch,
@@ -404,6 +406,7 @@ def write(path: Path, cfg: ViTConfig, params: Params) -> tuple[str, ...]:
     Raises:
       UserError: timm has no place for something in the model.
     """
+    require_plain(cfg, path)
     for present, what in (
         (cfg.representation_size, "tanh layer (pre_logits)"),
         (cfg.pool == "cls_gap", "pooling by 'cls_gap'"),

@@ -23,6 +23,7 @@ from vit_jax.interop.families import (
     nest,
 )
 from vit_jax.models.model import Params
+from vit_jax.models.registry import ModelConfig
 from vit_jax.models.vit_config import ViTConfig
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"
@@ -137,6 +138,14 @@ def refuse(names: Iterable[str], reasons: dict[str, str], source: Path) -> None:
 def count_blocks(names: Iterable[str], pattern: str) -> int:
     """How many different layers the names have; `pattern` captures the number of one."""
     return len({match[1] for name in names if (match := re.match(pattern, name))})
+
+
+def require_plain(cfg: ModelConfig, path: Path) -> None:
+    """Raises UserError unless `cfg` is a Vision Transformer without a ResNet in front."""
+    if not isinstance(cfg, ViTConfig) or cfg.resnet is not None:
+        raise UserError(
+            f"cannot write {path}: this layout is for plain Vision Transformers, write an .npz"
+        )
 
 
 def export(cfg: ViTConfig, params: Params, source: Path) -> Arrays:

@@ -51,6 +51,10 @@ class Classification:
     loss_name: str = "softmax"
     label_smoothing: float = 0.0
 
+    def score(self, metrics: dict[str, float]) -> float:
+        """What the best checkpoint has most of."""
+        return metrics["accuracy"]
+
     def __post_init__(self) -> None:
         if self.loss_name not in LOSSES:
             raise UserError(

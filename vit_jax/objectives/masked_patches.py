@@ -94,7 +94,10 @@ class MaskedPatches:
     model: Model
     target: str = "mean_colour"
     ratio: float = 0.5
-    score = "loss"  # what the best checkpoint is chosen by; see `experiment.SCORES`
+
+    def score(self, metrics: dict[str, float]) -> float:
+        """What the best checkpoint has most of."""
+        return -metrics["loss"]
 
     def __post_init__(self) -> None:
         cfg = self.model.config

@@ -7,6 +7,7 @@ one of these folders needs nothing else. Writing is asynchronous, and atomic: a 
 under its number only when it is complete.
 """
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Checkpoints:
         self._last = _manager(workdir / "checkpoints", keep)
         self._best = _manager(workdir / "best", 1)
         step = self._best.latest_step()
-        self._best_score = -1.0 if step is None else _read_card(self._best, step)["score"]
+        self._best_score = -math.inf if step is None else _read_card(self._best, step)["score"]
 
     def card(self) -> Card | None:
         """The card of the newest checkpoint that has a readable one, or None."""
