@@ -25,10 +25,42 @@ ARGUMENTS = {
     "vit_s16_i1k": ["90", "300"],
 }
 CASES = [
-    (path.stem, argument, None)
+    (path.stem, argument, {})
     for path in sorted(CONFIGS.glob("*.py"))
     for argument in ARGUMENTS.get(path.stem, [None])
-] + [("digits", None, "sgd")]
+]
+# What no file uses yet.
+NO_SHAPE = {f"model.{name}": None for name in ("depth", "width", "mlp_dim", "num_heads")} | {
+    "model.pool": "cls",
+    "model.posemb": "learned",
+    "model.stochastic_depth": 0.0,
+}
+CASES += [
+    ("digits", None, {"optimizer.name": "sgd"}),
+    (
+        "digits",
+        None,
+        {
+            "objective.name": "masked_patches",
+            "data.mixup": 0.0,
+            "few_shot.shots": (1,),
+            "eval_every_epochs": None,
+            "eval_every_steps": 2.0,
+            "few_shot.every_epochs": None,
+            "few_shot.every_steps": 2.0,
+        },
+    ),
+    (
+        "digits",
+        None,
+        NO_SHAPE | {"model.variant": "R26x1", "model.resnet": (1,), "model.resnet_width": 1},
+    ),
+    (
+        "digits",
+        None,
+        NO_SHAPE | {"model.variant": "Mixer-S/2", "model.depth": 1, "model.tokens_mlp_dim": 4},
+    ),
+]
 
 
 def load(name, argument=None):
@@ -70,10 +102,10 @@ def read():
     return set()
 
 
-@pytest.mark.parametrize(("name", "argument", "optimizer"), CASES)
-def test_each_configuration_trains(name, argument, optimizer, read, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "argument", "changes"), CASES)
+def test_each_configuration_trains(name, argument, changes, read, tmp_path, monkeypatch):
     config = shrink(load(name, argument))
-    config.optimizer.name = optimizer or config.optimizer.name
+    config.update_from_flattened_dict(changes)
     if argument == "finetune":
         config.init_from = str(tmp_path / "before")
         trainer.train(shrink(load(name, "pretrain")), tmp_path / "before")

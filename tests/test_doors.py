@@ -259,15 +259,27 @@ def test_errors_of_other_doors(door, arguments, parts, workdir, pictures):
     assert_one_sentence(run(door, *arguments), *parts)
 
 
-def test_help_names_every_flag():
-    result = run("predict", "--help")
-    for flag in ("--workdir", "--step", "--topk", "--output", "--batch_size"):
-        assert flag in result.stdout
+@pytest.mark.parametrize(
+    ("door", "flags"),
+    [
+        ("train", ["--config", "--workdir"]),
+        ("sweep", ["--config", "--workdir"]),
+        ("evaluate", ["--workdir", "--checkpoint", "--few_shot", "--knn", "--linear_probe"]),
+        ("predict", ["--workdir", "--checkpoint", "--step", "--topk", "--output"]),
+        ("embed", ["--workdir", "--checkpoint", "--output", "--batch_size"]),
+        ("convert", ["--format", "--image_size", "--resize", "--num_classes", "--dtype"]),
+        ("visualize", ["--workdir", "--checkpoint", "--output", "--rollout", "--topk"]),
+    ],
+)
+def test_help_names_every_flag(door, flags):
+    result = run(door, "--help")
+    for flag in flags:
+        assert flag in result.stdout.replace("--[no]", "--")
 
 
 def test_importing_needs_neither_tensorflow_nor_torch():
     code = """
-import sys, vit_jax.train, vit_jax.predict, vit_jax.evaluate
+import sys, vit_jax.sweep, vit_jax.predict, vit_jax.evaluate, vit_jax.visualize
 print([m for m in ("tensorflow", "torch", "tensorflow_datasets") if m in sys.modules])
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -72,6 +72,11 @@ def settings(config: ConfigDict, overridden: Collection[str] = ()) -> list[Setti
     Raises:
       UserError: there are no values, one is not of its kind, or one is set elsewhere, too.
     """
+    if config.objective.name != "classification":
+        raise UserError(
+            f"objective.name is {config.objective.name!r}, but a sweep compares accuracies: "
+            f"use --config.objective.name=classification"
+        )
     rates, lengths = tuple(config.sweep.lr), tuple(config.sweep.steps)
     if not rates and not lengths:
         raise UserError(
