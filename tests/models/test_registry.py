@@ -89,8 +89,8 @@ def test_a_shape_of_its_own_goes_both_ways_too(variant, changes):
         ("R51+B/16", {}, "no such hybrid: use one of R, R26"),
         ("R50+B/14", {}, "no such hybrid"),
         ("R50+X/16", {}, "there is no size 'X'"),
-        ("Mixer-X/16", {}, "there is no Mixer 'X'"),
-        ("R51x1", {}, "there is no ResNet 'R51'"),
+        ("Mixer-X/16", {}, "there is no size 'Mixer-X'"),
+        ("R51x1", {}, "there is no size 'R51'"),
         ("B/16", {"resnet": (1, 1, 1, 1)}, r"patches of 16 pixels cannot be cut.*have 32"),
     ],
 )

@@ -13,15 +13,14 @@ Modules and parameters carry the names of the published Flax model
 """
 
 import dataclasses
-import difflib
-import re
-from typing import NamedTuple, cast
+from typing import cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
+from vit_jax.models.checks import check_choices, check_positive, check_rates, check_tiles
 from vit_jax.models.layers import (
     GELU,
     REMAT_POLICIES,
@@ -31,48 +30,6 @@ from vit_jax.models.layers import (
     patchify,
 )
 from vit_jax.models.model import EditPatches, Model, Out, Params
-
-
-class MixerVariant(NamedTuple):
-    """The shape of a Mixer: L layers of width D and the two hidden widths."""
-
-    depth: int
-    width: int
-    tokens_mlp_dim: int
-    mlp_dim: int
-
-
-# Table 1 of the paper, which has S/32, S/16, B/32, B/16, L/32, L/16 and H/14.
-MIXERS = {
-    #                  L     D    S     M
-    "S": MixerVariant( 8,  512, 256, 2048),
-    "B": MixerVariant(12,  768, 384, 3072),
-    "L": MixerVariant(24, 1024, 512, 4096),
-    "H": MixerVariant(32, 1280, 640, 5120),
-}  # fmt: skip
-
-
-def decode_mixer(name: str) -> tuple[MixerVariant, int]:
-    """Returns the shape and the patch edge in pixels that `name`, such as `B/16`, stands for.
-
-    Raises:
-      UserError: the name has no patch size, or its first part is not in the table.
-    """
-    match = re.fullmatch(r"(?P<size>[^/]+)/(?P<patch>[1-9][0-9]*)", name)
-    if not match:
-        raise UserError(
-            f"model.variant is {name!r}, which does not read as SIZE/PATCH: write e.g. 'B/16'"
-        )
-    size = match["size"]
-    if size not in MIXERS:
-        close = difflib.get_close_matches(size, MIXERS, n=1, cutoff=0.3)
-        hint = f"did you mean '{close[0]}/{match['patch']}'? " if close else ""
-        raise UserError(
-            f"model.variant is {name!r}, but there is no Mixer {size!r}: {hint}"
-            f"the sizes are {', '.join(MIXERS)}"
-        )
-    return MIXERS[size], int(match["patch"])
-
 
 CHOICES = {
     "gelu": tuple(GELU),
@@ -106,23 +63,11 @@ class MixerConfig:
     remat: str = "none"  # none | dots | full: what the backward pass recomputes
 
     def __post_init__(self) -> None:
-        for field, allowed in CHOICES.items():
-            if (value := getattr(self, field)) not in allowed:
-                raise UserError(f"model.{field} is {value!r}: use one of {', '.join(allowed)}")
-        sizes = ("channels", "patch_size", "depth", "width")
-        for field in (*sizes, "tokens_mlp_dim", "mlp_dim"):
-            if (value := getattr(self, field)) < 1:
-                raise UserError(f"model.{field} is {value}: it must be at least 1")
-        for field in ("dropout", "stochastic_depth"):
-            if not 0 <= (value := getattr(self, field)) < 1:
-                raise UserError(f"model.{field} is {value}: use a rate of at least 0, below 1")
-        if self.num_classes < 0:
-            raise UserError(f"num_classes is {self.num_classes}: it must be at least 0")
-        if any(size % self.patch_size or size < 1 for size in self.image_size):
-            raise UserError(
-                f"image_size is {self.image_size}, which patches of {self.patch_size} pixels "
-                f"do not tile: use multiples of {self.patch_size}"
-            )
+        check_choices(self, CHOICES)
+        sizes = ("channels", "patch_size", "depth", "width", "tokens_mlp_dim", "mlp_dim")
+        check_positive(self, sizes)
+        check_rates(self, ("dropout", "stochastic_depth"))
+        check_tiles(self.image_size, self.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -14,7 +14,16 @@ from vit_jax.models import mixer, resnet, vit
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.model import Model
 from vit_jax.models.resnet import ResNetConfig
-from vit_jax.models.variants import RESNETS, VARIANTS, Variant, decode_hybrid, decode_variant
+from vit_jax.models.variants import (
+    MIXERS,
+    RESNETS,
+    VARIANTS,
+    Variant,
+    decode_hybrid,
+    decode_mixer,
+    decode_resnet,
+    decode_variant,
+)
 from vit_jax.models.vit_config import ViTConfig
 
 ModelConfig = ViTConfig | ResNetConfig | MixerConfig
@@ -28,10 +37,10 @@ def decode(name: str) -> tuple[type[ModelConfig], dict[str, Any]]:
       UserError: there is no such variant.
     """
     if name.startswith("Mixer-"):
-        shape, patch = mixer.decode_mixer(name.removeprefix("Mixer-"))
+        shape, patch = decode_mixer(name)
         return MixerConfig, {**shape._asdict(), "patch_size": patch}
     if name.startswith("R") and "x" in name and "/" not in name:
-        units, factor = resnet.decode_resnet(name)
+        units, factor = decode_resnet(name)
         return ResNetConfig, {"resnet": units, "resnet_width": factor}
     if "+" in name:
         units, variant, patch = decode_hybrid(name)
@@ -87,7 +96,7 @@ def variant_name(cfg: ModelConfig) -> str | None:
     if isinstance(cfg, ResNetConfig):
         names = [f"{name}x{cfg.resnet_width}" for name in RESNETS]
     elif isinstance(cfg, MixerConfig):
-        names = [f"Mixer-{name}/{cfg.patch_size}" for name in mixer.MIXERS]
+        names = [f"Mixer-{name}/{cfg.patch_size}" for name in MIXERS]
     else:
         shape = Variant(cfg.depth, cfg.width, cfg.mlp_dim, cfg.num_heads)
         sizes = [name for name, variant in VARIANTS.items() if variant == shape]

@@ -20,8 +20,6 @@ stride 2 and an even size, one pixel at the right and bottom and none at the lef
 """
 
 import dataclasses
-import difflib
-import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -31,31 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from vit_jax.errors import UserError
+from vit_jax.models.checks import check_choices, check_positive
 from vit_jax.models.layers import REMAT_POLICIES, Dense
 from vit_jax.models.model import EditPatches, Model, Out, Params
-from vit_jax.models.variants import RESNETS
-
-
-def decode_resnet(name: str) -> tuple[tuple[int, ...], int]:
-    """Returns the units in each stage and the width factor of a name such as `R152x2`.
-
-    Raises:
-      UserError: the name has no width factor, or its first part is not in the table.
-    """
-    match = re.fullmatch(r"(?P<depth>[^x]+)x(?P<factor>[1-9][0-9]*)", name)
-    if not match:
-        raise UserError(
-            f"model.variant is {name!r}, which does not read as DEPTHxWIDTH: write e.g. 'R50x1'"
-        )
-    depth = match["depth"]
-    if depth not in RESNETS:
-        close = difflib.get_close_matches(depth, RESNETS, n=1, cutoff=0.3)
-        hint = f"did you mean '{close[0]}x{match['factor']}'? " if close else ""
-        raise UserError(
-            f"model.variant is {name!r}, but there is no ResNet {depth!r}: {hint}"
-            f"there are {', '.join(RESNETS)}"
-        )
-    return RESNETS[depth], int(match["factor"])
 
 
 def reduction(block_sizes: Sequence[int]) -> int:
@@ -228,14 +204,8 @@ class ResNetConfig:
     remat: str = "none"  # none | full: what the backward pass recomputes
 
     def __post_init__(self) -> None:
-        for field, allowed in CHOICES.items():
-            if (value := getattr(self, field)) not in allowed:
-                raise UserError(f"model.{field} is {value!r}: use one of {', '.join(allowed)}")
-        for field in ("channels", "resnet_width"):
-            if (value := getattr(self, field)) < 1:
-                raise UserError(f"model.{field} is {value}: it must be at least 1")
-        if self.num_classes < 0:
-            raise UserError(f"num_classes is {self.num_classes}: it must be at least 0")
+        check_choices(self, CHOICES)
+        check_positive(self, ("channels", "resnet_width"))
         if any(size < 1 for size in self.image_size):
             raise UserError(f"image_size is {self.image_size}: both must be at least 1 pixel")
         if any(size < 1 for size in self.resnet):

@@ -9,7 +9,8 @@ a ResNet; its number is how many pixels a patch spans in all.
 
 import difflib
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple, TypeVar
 
 from vit_jax.errors import UserError
 
@@ -41,27 +42,23 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def decode_variant(name: str) -> tuple[Variant, int]:
-    """Returns the shape and the patch edge in pixels that `name`, such as `L/32`, stands for.
+class MixerVariant(NamedTuple):
+    """The shape of a Mixer: L layers of width D, and the hidden widths of its MLPs."""
 
-    Raises:
-      UserError: the name has no patch size, or its first part is not in the table.
-    """
-    match = re.fullmatch(r"(?P<size>[^/]+)/(?P<patch>[1-9][0-9]*)", name)
-    if not match:
-        raise UserError(
-            f"model.variant is {name!r}, which does not read as SIZE/PATCH: write e.g. 'B/16'"
-        )
-    size = match["size"]
-    if size not in VARIANTS:
-        close = difflib.get_close_matches(size, VARIANTS, n=1, cutoff=0.3)
-        hint = f"did you mean '{close[0]}/{match['patch']}'? " if close else ""
-        raise UserError(
-            f"model.variant is {name!r}, but there is no size {size!r}: {hint}"
-            f"the sizes are {', '.join(VARIANTS)}"
-        )
-    return VARIANTS[size], int(match["patch"])
+    depth: int
+    width: int
+    tokens_mlp_dim: int
+    mlp_dim: int  # of channel mixing
 
+
+# Table 1 of "MLP-Mixer" (2105.01601), which has S/32, S/16, B/32, B/16, L/32, L/16 and H/14.
+MIXERS = {
+    #                  L     D    S     M
+    "S": MixerVariant( 8,  512, 256, 2048),
+    "B": MixerVariant(12,  768, 384, 3072),
+    "L": MixerVariant(24, 1024, 512, 4096),
+    "H": MixerVariant(32, 1280, 640, 5120),
+}  # fmt: skip
 
 # Units in each stage. A unit holds three convolutions; with root and head they name the depth.
 RESNETS = {
@@ -71,6 +68,61 @@ RESNETS = {
     "R152": (3, 8, 36, 3),
     "R200": (3, 24, 36, 3),
 }
+
+
+_Shape = TypeVar("_Shape")
+
+
+def _look_up(
+    name: str, pattern: str, example: str, table: Mapping[str, _Shape]
+) -> tuple[_Shape, int]:
+    """Reads SIZE and NUMBER off a name, and SIZE off a table.
+
+    Raises:
+      UserError: the name does not read like `example`, or its first part is not in the table.
+    """
+    if not (match := re.fullmatch(pattern, name)):
+        raise UserError(
+            f"model.variant is {name!r}, which does not read as a size and a number: write "
+            f"e.g. {example!r}"
+        )
+    size, number = match["size"], match["number"]
+    if size not in table:
+        close = difflib.get_close_matches(size, table, n=1, cutoff=0.3)
+        hint = f"did you mean {name.replace(size, close[0])!r}? " if close else ""
+        raise UserError(
+            f"model.variant is {name!r}, but there is no size {size!r}: {hint}the sizes are "
+            f"{', '.join(table)}"
+        )
+    return table[size], int(number)
+
+
+_PATCHED = r"(?P<size>[^/]+)/(?P<number>[1-9][0-9]*)"
+
+
+def decode_variant(name: str) -> tuple[Variant, int]:
+    """Returns the shape and the patch edge in pixels that `name`, such as `L/32`, stands for.
+
+    Raises:
+      UserError: the name has no patch size, or its first part is not in the table.
+    """
+    return _look_up(name, _PATCHED, "B/16", VARIANTS)
+
+
+def decode_mixer(name: str) -> tuple[MixerVariant, int]:
+    """The same for a Mixer such as `Mixer-B/16`."""
+    table = {f"Mixer-{size}": variant for size, variant in MIXERS.items()}
+    return _look_up(name, _PATCHED, "Mixer-B/16", table)
+
+
+def decode_resnet(name: str) -> tuple[tuple[int, ...], int]:
+    """Returns the units in each stage and the width factor of a name such as `R152x2`.
+
+    Raises:
+      UserError: the name has no width factor, or its first part is not in the table.
+    """
+    pattern = r"(?P<size>[^x]+)x(?P<number>[1-9][0-9]*)"
+    return _look_up(name, pattern, "R50x1", RESNETS)
 
 
 def decode_hybrid(name: str) -> tuple[tuple[int, ...], Variant, int]:

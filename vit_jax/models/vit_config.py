@@ -3,6 +3,7 @@
 import dataclasses
 
 from vit_jax.errors import UserError
+from vit_jax.models.checks import check_choices, check_positive, check_rates, check_tiles
 from vit_jax.models.layers import GELU, REMAT_POLICIES
 from vit_jax.models.resnet import reduction
 
@@ -59,25 +60,16 @@ class ViTConfig:
     remat: str = "none"  # none | dots | full: what the backward pass recomputes
 
     def __post_init__(self) -> None:
-        for field, allowed in CHOICES.items():
-            if (value := getattr(self, field)) not in allowed:
-                raise UserError(f"model.{field} is {value!r}: use one of {', '.join(allowed)}")
-        for field in ("patch_size", "depth", "width", "mlp_dim", "num_heads", "channels"):
-            if (value := getattr(self, field)) < 1:
-                raise UserError(f"model.{field} is {value}: it must be at least 1")
-        for field in ("dropout", "stochastic_depth"):
-            if not 0 <= (value := getattr(self, field)) < 1:
-                raise UserError(f"model.{field} is {value}: use a rate of at least 0, below 1")
+        check_choices(self, CHOICES)
+        sizes = ("patch_size", "depth", "width", "mlp_dim", "num_heads", "channels")
+        check_positive(self, sizes)
+        check_rates(self, ("dropout", "stochastic_depth"))
         if self.resnet is not None and self.patch_size % reduction(self.resnet):
             raise UserError(
                 f"patches of {self.patch_size} pixels cannot be cut from the map of a ResNet "
                 f"with model.resnet={self.resnet}, whose cells have {reduction(self.resnet)}"
             )
-        if any(size % self.patch_size or size < 1 for size in self.image_size):
-            raise UserError(
-                f"image_size is {self.image_size}, which patches of {self.patch_size} pixels "
-                f"do not tile: use multiples of {self.patch_size}"
-            )
+        check_tiles(self.image_size, self.patch_size)
         if self.width % self.num_heads:
             raise UserError(
                 f"model.width is {self.width}, which {self.num_heads} heads do not divide: "
