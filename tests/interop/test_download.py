@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -343,6 +344,57 @@ def test_huggingface_without_safetensors(server):
     hub(server)
     del server.files[f"{HUB}/model.safetensors"]
     assert "has no safetensors weights" in refusal("hf:google/vit-base-patch16-224")
+
+
+def test_huggingface_weights_in_several_files(server, cache):
+    server.files[f"{HUB}/config.json"] = File(b"{}")
+    shards = {
+        "a": "model-1.safetensors",
+        "b": "model-2.safetensors",
+        "c": "model-1.safetensors",
+    }
+    index = File(json.dumps({"weight_map": shards}).encode())
+    server.files[f"{HUB}/model.safetensors.index.json"] = index
+    server.files[f"{HUB}/model-1.safetensors"] = File(BYTES)
+    name = "hf:google/vit-base-patch16-224"
+    assert "there is no file" in refusal(name)  # the second is missing
+    server.files[f"{HUB}/model-2.safetensors"] = File(BYTES[:1000])
+    folder = resolve(name)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "model-1.safetensors",
+        "model-2.safetensors",
+        "model.safetensors.index.json",
+    ]
+    asked = len(server.requests)
+    assert resolve(name) == folder
+    assert len(server.requests) == asked
+    assert server.paths().count(f"{HUB}/model-1.safetensors") == 1
+
+
+@pytest.mark.parametrize(
+    "index", [b"{}", b"[", b'{"weight_map": {"a": "../b"}}', b'{"weight_map": {"a": 3}}']
+)
+def test_huggingface_index_that_is_none(index, server):
+    server.files[f"{HUB}/config.json"] = File(b"{}")
+    server.files[f"{HUB}/model.safetensors.index.json"] = File(index)
+    assert "is no index of weights" in refusal("hf:google/vit-base-patch16-224")
+
+
+def test_the_token_goes_to_the_hub_and_no_further(server, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "secret")
+    hub(server)
+    elsewhere = server.url.replace("127.0.0.1", "localhost")
+    server.files[f"{HUB}/model.safetensors"] = File(b"", location=f"{elsewhere}/blob")
+    server.files["/blob"] = File(BYTES)
+    resolve("hf:google/vit-base-patch16-224")
+    sent = {path: headers.get("Authorization") for path, headers in server.requests}
+    assert sent[f"{HUB}/config.json"] == sent[f"{HUB}/model.safetensors"] == "Bearer secret"
+    assert sent["/blob"] is None
+    monkeypatch.setenv("VIT_JAX_HF_URL", elsewhere)
+    server.files["/w.npz"] = File(BYTES)
+    resolve(f"{server.url}/w.npz")
+    assert server.requests[-1][1].get("Authorization") is None
 
 
 def test_huggingface_failures_other_than_404_are_not_taken_for_absence(server):

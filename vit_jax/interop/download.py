@@ -16,6 +16,9 @@ are only stored here: nothing in them is run. Three environment variables change
     VIT_JAX_CACHE      the cache folder, else `vit_jax` in $XDG_CACHE_HOME, else in ~/.cache
     VIT_JAX_GCS_URL    a mirror of Google's buckets, else https://storage.googleapis.com
     VIT_JAX_HF_URL     a mirror of the hub, else https://huggingface.co
+
+HF_TOKEN, the hub's own variable, is sent to the hub (and nowhere that it redirects to), for
+models that are private or ask for consent.
 """
 
 import base64
@@ -24,6 +27,7 @@ import csv
 import fcntl
 import hashlib
 import http.client
+import json
 import math
 import os
 import re
@@ -178,7 +182,8 @@ def _huggingface(name: str, cache: Path) -> Path:
     repository, revision = match[1], quote(match[2] or "main", safe="")
     folder = cache / "huggingface" / repository / revision
     config, weights = folder / "config.json", folder / "model.safetensors"
-    if config.is_file() and weights.is_file():
+    index = _beside(weights, ".index.json")
+    if config.is_file() and (weights.is_file() or index.is_file()):
         return folder  # without asking again for the optional file
     url = f"{_host('VIT_JAX_HF_URL')}/{quote(repository)}/resolve/{revision}"
     _fetch(f"{url}/config.json", config)
@@ -186,12 +191,34 @@ def _huggingface(name: str, cache: Path) -> Path:
         _fetch(f"{url}/preprocessor_config.json", folder / "preprocessor_config.json")
     try:
         _fetch(f"{url}/model.safetensors", weights)
+    except _NotFound:
+        _shards(url, name, folder, index)
+    return folder
+
+
+def _shards(url: str, name: str, folder: Path, index: Path) -> None:
+    """Fetches weights that are cut into several files, their index last: it says "complete"."""
+    part = index.with_name("shards.json")
+    try:
+        _fetch(f"{url}/{index.name}", part)
     except _NotFound as error:
         raise UserError(
-            f"the repository hf:{name} has no safetensors weights (there is no "
-            f"{url}/model.safetensors); choose a model or a revision that has them."
+            f"the repository hf:{name} has no safetensors weights (there is neither "
+            f"{url}/model.safetensors nor {url}/{index.name}); choose a model or a revision "
+            f"that has them."
         ) from error
-    return folder
+    try:
+        shards = sorted(set(json.loads(part.read_bytes())["weight_map"].values()))
+        if not all(re.fullmatch(_WORD, shard) for shard in shards):
+            raise ValueError
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        part.unlink()
+        raise UserError(
+            f"{url}/{index.name} is no index of weights; choose another revision."
+        ) from error
+    for shard in shards:
+        _fetch(f"{url}/{shard}", folder / shard)
+    os.replace(part, index)
 
 
 def _web(url: str, cache: Path) -> Path:
@@ -433,6 +460,9 @@ def _open(
     redirects = _Redirects()
     try:
         request = urllib.request.Request(url, headers=headers)
+        token = os.environ.get("HF_TOKEN", "").strip()
+        if token and url.startswith(_host("VIT_JAX_HF_URL") + "/"):
+            request.add_unredirected_header("Authorization", f"Bearer {token}")
         answer = urllib.request.build_opener(redirects).open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         with error:
@@ -457,7 +487,7 @@ def _refusal(error: urllib.error.HTTPError, url: str, path: Path) -> Exception:
     reason = str(error.reason).partition("\n")[0].rstrip(". ")
     return UserError(
         f"{url} cannot be fetched (HTTP {error.code}: {reason}); check the name, or, "
-        f"if the file is not public, put it at {path}."
+        f"if the file is not public, set HF_TOKEN (of the hub) or put it at {path}."
     )
 
 
