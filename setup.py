@@ -39,8 +39,12 @@ EXTRAS = {
     "tfds": ["tensorflow>=2.20"],  # only to prepare catalogue data sets, never to read them
     "hf": ["datasets>=3.0"],  # data sets of the Hugging Face hub
     "test": [
+        "ipykernel>=6.29",  # runs the notebooks, and with nbclient, nbformat executes them
+        "nbclient>=0.10",
+        "nbformat>=5.10",
         "pytest>=8.0",
         "pytest-timeout>=2.3",  # a hung subprocess must fail a test, not the whole run
+        "pytest-xdist>=3.6",  # two processes: compilation uses one core each
         "tensorboard>=2.17",  # reads back the event files that training writes
     ],
     "parity": [  # independent implementations that our numbers are compared with

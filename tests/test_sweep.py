@@ -17,6 +17,7 @@ from vit_jax import train as trainer
 from vit_jax.errors import UserError
 from vit_jax.training import sharding
 from vit_jax.training.logging import read_metrics
+from vit_jax.training.reporting import Diverged
 
 ROOT = Path(__file__).parent.parent
 
@@ -145,7 +146,7 @@ def play(monkeypatch):
         trained.append(workdir.name)
         accuracy, loss = results[config.optimizer.lr]
         if accuracy is None:
-            raise trainer.Diverged("the loss is nan at step 3: lower it")
+            raise Diverged("the loss is nan at step 3: lower it")
         return {"eval/accuracy": accuracy, "eval/count": 9, "eval/loss": loss}
 
     monkeypatch.setattr(trainer, "train", train)

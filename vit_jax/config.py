@@ -23,6 +23,7 @@ OPERATIONAL = (
     "eval_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "profile",
     "eval_batch_size",
     "data.data_dir",
     "data.eval_split",
@@ -65,6 +66,7 @@ def get_config() -> ConfigDict:
     config.keep_checkpoints = (
         2  # how many of the last checkpoints stay; the best one always does
     )
+    config.profile = placeholder(str)  # FIRST:LAST: a trace of these steps, for TensorBoard
 
     config.model = model = ConfigDict()
     # None: all of the model but `OF_THE_RUN`, data.channels and data.value_range are those of

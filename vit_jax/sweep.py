@@ -31,6 +31,7 @@ from vit_jax import config as configuration
 from vit_jax import train as trainer
 from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
+from vit_jax.training.reporting import Diverged
 
 # `config`: as given; `runs`: by name, what was tried and `metrics` or `failed`; `chosen`: a
 # name; `final`: the chosen one, its splits and, when it is done, `metrics`.
@@ -312,7 +313,7 @@ def try_setting(
     try:
         run = setting.apply(config)
         return {"metrics": trainer.train(run, workdir / setting.name, overridden, stop)}
-    except trainer.Diverged as error:
+    except Diverged as error:
         print(f"{setting.name} failed: {error}")
         return {"failed": str(error)}
 

@@ -13,10 +13,8 @@ The work directory holds `metrics.jsonl` (one JSON object a line), `tensorboard/
 import contextlib
 import dataclasses
 import json
-import math
 import signal
 import sys
-import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
@@ -42,10 +40,8 @@ from vit_jax.training.checkpoint import Card, Checkpoints, abstract
 from vit_jax.training.evaluate import evaluate
 from vit_jax.training.logging import MetricWriter
 from vit_jax.training.optimizer import make_optimizer
+from vit_jax.training.reporting import Metrics, Profiler, Reporter, parse_profile
 from vit_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
-
-Metrics = dict[str, Any]
-
 
 # --- Plan: how long, how often ------------------------------------------------------------
 
@@ -104,59 +100,6 @@ class StopSignal:
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-
-
-# --- Report: one step late, so that the device never waits for the host -------------------
-
-
-class Diverged(UserError):
-    """A loss or another metric is no longer a number."""
-
-
-def check_finite(step: int, metrics: Metrics, workdir: Path) -> None:
-    """Raises Diverged if a metric of this step is NaN or infinite."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            raise Diverged(
-                f"{name} is {value} at step {step}: the last good checkpoint in {workdir} is "
-                f"intact; use a lower config.optimizer.lr, a longer warm-up or a smaller "
-                f"config.optimizer.clip_norm in a new --workdir"
-            )
-
-
-class Reporter:
-    """Checks the metrics of every step, and writes those that are due."""
-
-    def __init__(self, log: MetricWriter, plan: Plan, batch_size: int, workdir: Path):
-        self._log, self._plan, self._batch_size, self._workdir = log, plan, batch_size, workdir
-        self._pending: tuple[int, Metrics] | None = None
-        self.restart_clock()
-
-    def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of `step`, still being computed, and reports the step before."""
-        self.flush()
-        self._pending = step, metrics
-
-    def flush(self) -> None:
-        """Waits for the step that was added last, and reports it."""
-        if self._pending:
-            step, metrics = self._pending
-            self._pending = None
-            self._report(step, {k: float(v) for k, v in jax.device_get(metrics).items()})
-
-    def restart_clock(self) -> None:
-        """Keeps what happened since the last report out of the measured speed."""
-        self._steps, self._start = 0, time.monotonic()
-
-    def _report(self, step: int, metrics: Metrics) -> None:
-        check_finite(step, metrics, self._workdir)
-        self._log.progress(step)
-        self._steps += 1
-        if self._plan.due(step, self._plan.log_every):
-            seconds = max(time.monotonic() - self._start, 1e-9)
-            metrics["images_per_second"] = self._steps * self._batch_size / seconds
-            self._log.write(step, metrics)
-            self.restart_clock()
 
 
 # --- Resolve: what the weights to begin with decide ---------------------------------------
@@ -220,6 +163,7 @@ class Run(NamedTuple):
 
 def build(config: ConfigDict) -> Run:
     """Opens the data and compiles nothing yet; every wrong field is found here."""
+    parse_profile(config.profile)
     mesh = sharding.make_mesh()
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
@@ -370,7 +314,8 @@ def loop(
     may cut short; whoever resumes owes that evaluation and makes it first.
     """
     plan, first_step = run.plan, int(state.step)
-    reporter = Reporter(log, plan, run.config.batch_size, workdir)
+    due = lambda step: plan.due(step, plan.log_every)
+    reporter = Reporter(log, due, run.config.batch_size, workdir)
 
     def keep_if_best(step: int, metrics: Metrics) -> None:
         card = {**run.card, "metrics": metrics}
@@ -392,10 +337,16 @@ def loop(
         result = evaluate_now(first_step)
 
     batches = pipeline.train_batches(run.source, first_step=first_step, **run.train_reading)
-    with contextlib.closing(batches):
+    profiler = Profiler(parse_profile(run.config.profile), workdir / "profile")
+    with contextlib.closing(batches), contextlib.ExitStack() as stack:
+        stack.callback(profiler.stop)
         for step in range(first_step + 1, plan.total + 1):
-            state, metrics = run.train_step(state, sharding.put_batch(next(batches), run.mesh))
+            with reporter.waiting():
+                batch = next(batches)
+            profiler.before(step)
+            state, metrics = run.train_step(state, sharding.put_batch(batch, run.mesh))
             reporter.add(step, metrics)
+            profiler.after(step, state)
             if stop.requested or plan.due(step, plan.checkpoint_every):
                 reporter.flush()
                 checkpoints.save(step, state, run.card)

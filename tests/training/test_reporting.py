@@ -1,0 +1,31 @@
+import pytest
+
+from tests.tiny_config import tiny
+from vit_jax import train as trainer
+from vit_jax.errors import UserError
+from vit_jax.training.logging import read_metrics
+from vit_jax.training.reporting import parse_profile
+
+
+def test_a_profile_is_two_steps():
+    assert parse_profile("10:20") == (10, 20)
+    assert parse_profile("3:3") == (3, 3)
+    assert parse_profile(None) is None
+
+
+@pytest.mark.parametrize("text", ["10", "20:10", "0:3", "a:b", "1:2:3", "", "-1:2"])
+def test_what_is_no_profile_is_one_sentence(text):
+    with pytest.raises(UserError, match=r"profile is .*10:20"):
+        parse_profile(text)
+
+
+def test_a_trace_is_written_and_the_rest_logged_as_ever(tmp_path):
+    """Also where training ends before the last step to trace."""
+    config = tiny(total_steps=4.0, profile="3:9")
+    trainer.train(config, tmp_path)
+    [trace] = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 10_000
+    assert list(trace.parent.glob("perfetto_trace.json.gz"))
+    records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
+    assert [r["step"] for r in records] == [1, 2, 3, 4]
+    assert all(0 <= r["data_wait"] <= 1 for r in records)

@@ -1,0 +1,112 @@
+"""What a run says of itself while it runs: metrics one step late, and traces."""
+
+import contextlib
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vit_jax.errors import UserError
+from vit_jax.training.logging import MetricWriter
+
+Metrics = dict[str, Any]
+
+
+class Diverged(UserError):
+    """A loss or another metric is no longer a number."""
+
+
+def check_finite(step: int, metrics: Metrics, workdir: Path) -> None:
+    """Raises Diverged if a metric of this step is NaN or infinite."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            raise Diverged(
+                f"{name} is {value} at step {step}: the last good checkpoint in {workdir} is "
+                f"intact; use a lower config.optimizer.lr, a longer warm-up or a smaller "
+                f"config.optimizer.clip_norm in a new --workdir"
+            )
+
+
+class Reporter:
+    """Checks the metrics of every step, one step late, and writes those that are due.
+
+    Late, so that the device has its next step to do while the host looks at the last.
+    """
+
+    def __init__(
+        self, log: MetricWriter, due: Callable[[int], bool], batch_size: int, workdir: Path
+    ):
+        self._log, self._due, self._batch_size, self._workdir = log, due, batch_size, workdir
+        self._pending: tuple[int, Metrics] | None = None
+        self.restart_clock()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Takes the metrics of `step`, still being computed, and reports the step before."""
+        self.flush()
+        self._pending = step, metrics
+
+    def flush(self) -> None:
+        """Waits for the step that was added last, and reports it."""
+        if self._pending:
+            step, metrics = self._pending
+            self._pending = None
+            self._report(step, {k: float(v) for k, v in jax.device_get(metrics).items()})
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time inside as spent waiting for data."""
+        start = time.monotonic()
+        yield
+        self._waited += time.monotonic() - start
+
+    def restart_clock(self) -> None:
+        """Keeps what happened since the last report out of the measured speed."""
+        self._steps, self._waited, self._start = 0, 0.0, time.monotonic()
+
+    def _report(self, step: int, metrics: Metrics) -> None:
+        check_finite(step, metrics, self._workdir)
+        self._log.progress(step)
+        self._steps += 1
+        if self._due(step):
+            seconds = max(time.monotonic() - self._start, 1e-9)
+            metrics["images_per_second"] = self._steps * self._batch_size / seconds
+            metrics["data_wait"] = self._waited / seconds  # share of the time
+            self._log.write(step, metrics)
+            self.restart_clock()
+
+
+def parse_profile(text: str | None) -> tuple[int, int] | None:
+    """`10:20` as (10, 20): the first and the last step to trace."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"([1-9][0-9]*):([1-9][0-9]*)", text)
+    if not match or int(match[1]) > int(match[2]):
+        raise UserError(f"profile is {text!r}: write the first and the last step, e.g. 10:20")
+    return int(match[1]), int(match[2])
+
+
+class Profiler:
+    """Traces steps `first` to `last` into `folder`, for TensorBoard (XProf) and Perfetto."""
+
+    def __init__(self, steps: tuple[int, int] | None, folder: Path):
+        self._first, self._last = steps or (0, 0)
+        self._folder, self._running = folder, False
+
+    def before(self, step: int) -> None:
+        if self._first <= step <= self._last and not self._running:
+            jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
+            self._running = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self._running and step == self._last:
+            jax.block_until_ready(state)  # what was dispatched belongs to the trace
+            self.stop()
+
+    def stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
