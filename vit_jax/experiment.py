@@ -26,6 +26,16 @@ OBJECTIVES = ("classification", "masked_patches")
 
 
 def build_model(config: ConfigDict, num_classes: int) -> Model:
+    """Returns the network of a `config`.
+
+    Raises:
+      UserError: there is no such variant, or a field does not fit it.
+    """
+    if config.model.variant is None:
+        raise UserError(
+            "config.model.variant and config.init_from are both unset: name a variant such as "
+            "B/16, or set config.init_from to weights that bring their own"
+        )
     cfg = registry.configure(config.model, config.image_size, config.data.channels, num_classes)
     return registry.build(cfg)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vit_jax.data import crops, preprocess
+from vit_jax.data import augment, crops, preprocess
 from vit_jax.data.preprocess import normalize, parse_transform
 from vit_jax.data.resize import resize
 from vit_jax.errors import UserError
@@ -119,6 +119,43 @@ def test_steps_run_from_left_to_right(photo):
     np.testing.assert_array_equal(array(one), array(step))
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize(
+    ("spec", "function", "arguments"),
+    [
+        ("randaugment(2, 15)", augment.randaugment, (2, 15)),
+        ("randaugment(2, 15, quirks=True)", augment.randaugment, (2, 15, True)),
+        ("randaugment_timm", augment.randaugment_timm, ()),
+        ("randaugment_timm(3, 7, 0, False, 1)", augment.randaugment_timm, (3, 7, 0, False, 1)),
+        ("three_augment", augment.three_augment, ()),
+        ("color_jitter(0.3, 0.2, 0.1)", augment.color_jitter, (0.3, 0.2, 0.1)),
+        ("color_jitter(2, 0, 0, hue=0.5)", augment.color_jitter, (2, 0, 0, 0.5)),
+        ("grayscale(0.5)", augment.grayscale, (0.5,)),
+        ("gaussian_blur(0.5, 1, 3)", augment.gaussian_blur, (0.5, 1, 3)),
+        ("solarize(0.9, threshold=256)", augment.solarize, (0.9, 256)),
+        ("random_erasing(0.5)", augment.random_erasing, (0.5,)),
+        ("random_erasing(1, mode='const')", augment.random_erasing, (1, "const")),
+    ],
+)
+def test_distortions_are_those_of_augment(photo, spec, function, arguments, mode):
+    image = photo.convert(mode)
+    transform = parse_transform(spec, (80, 120))
+    for seed in range(5):
+        out = transform(image, np.random.default_rng(seed))
+        expected = function(image, np.random.default_rng(seed), *arguments)
+        np.testing.assert_array_equal(array(out), array(expected))
+
+
+@pytest.mark.parametrize("name", [name for name, op in preprocess.OPS.items() if op.random])
+def test_the_reference_lists_every_operation_with_its_defaults(name):
+    parameters = preprocess.OPS[name].parameters
+    usage = ", ".join(
+        p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters
+    )
+    expected = f"{name}({usage})" if parameters else name
+    assert expected in parse_transform.__doc__
+
+
 def test_transforms_can_be_pickled_and_print_their_spec():
     transform = parse_transform("resize|flip", (8, 8))
     assert pickle.loads(pickle.dumps(transform)) == transform
@@ -142,6 +179,21 @@ def test_transforms_can_be_pickled_and_print_their_spec():
         ("inception_crop(5, 100)", "area_max cannot be 100"),
         ("inception_crop(0.9, 0.5)", "area_min cannot be 0.9"),
         ("resize_shorter(0)", "size cannot be 0"),
+        ("inception_crop(0.1, 'all')", "area_max cannot be 'all'"),
+        ("randaugment(2, 10, quirks=1)", r"quirks cannot be 1; write randaugment\(layers"),
+        ("randaugment(2, 10, quirks='yes')", "quirks cannot be 'yes'"),
+        ("randaugment(-1, 10)", "layers cannot be -1"),
+        ("randaugment(2, 1e999)", "magnitude cannot be inf"),
+        ("randaugment_timm(probability=1.1)", "probability cannot be 1.1"),
+        ("randaugment_timm(std=-0.5)", "std cannot be -0.5"),
+        ("color_jitter(0.4)", "missing a required argument: 'contrast'"),
+        ("color_jitter(0.4, 0.4, 0.4, 0.6)", "hue cannot be 0.6"),
+        ("gaussian_blur(sigma_min=3)", "sigma_min cannot be 3"),
+        ("gaussian_blur(sigma_min=0)", "sigma_min cannot be 0"),
+        ("solarize(threshold=300)", "threshold cannot be 300"),
+        ("random_erasing(0.25, 'noise')", "mode cannot be 'noise'; .* among pixel, rand, con"),
+        ("random_erasing", "missing a required argument: 'probability'"),
+        ("three_augmet", r"unknown transform 'three_augmet' \(did you mean 'three_augment'"),
         ("shift(1.5)", "pixels cannot be 1.5"),
         ("shift(True)", "pixels cannot be True"),
         ("randaugment('2', 10)", "layers cannot be '2'"),
@@ -174,7 +226,9 @@ def test_a_crop_larger_than_the_image_is_explained(photo):
         parse_transform("center_crop", (100, 100))(photo)
 
 
-@pytest.mark.parametrize("spec", ["flip", "shift(1)", "inception_crop", "randaugment(1, 1)"])
+@pytest.mark.parametrize(
+    "spec", ["flip", "shift(1)", "inception_crop", "randaugment(1, 1)", "grayscale"]
+)
 def test_random_steps_are_refused_in_evaluation(photo, spec):
     with pytest.raises(UserError, match="is random and cannot be part of an evaluation"):
         parse_transform(spec, (80, 120))(photo)

@@ -2,7 +2,7 @@
 
 A transform is written as operations joined by `|`:
 
-    inception_crop(0.05, 1.0)|flip|randaugment(2, 10)      pretraining
+    inception_crop(0.05, 1.0)|flip|randaugment(2, 10)      pretraining: see presets.py
     resize                                                 fine-tuning, evaluation
     resize_shorter(256, 'area')|center_crop                evaluation of big_vision's models
 
@@ -13,6 +13,7 @@ Sizes are (height, width) throughout and need not be square.
 import ast
 import difflib
 import inspect
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -138,18 +139,27 @@ def _shift(image: Image.Image, rng: Rng, target: Size, pixels: int) -> Image.Ima
     return _crop(image, (int(top), int(left), image.height, image.width))
 
 
-def _randaugment(
-    image: Image.Image, rng: Rng, target: Size, layers: int, magnitude: float
-) -> Image.Image:
-    return augment.randaugment(image, rng, layers, magnitude)
-
-
 @dataclass(frozen=True)
 class Op:
-    """An operation of the mini-language; a random one needs a generator."""
+    """An operation of the mini-language; a random one needs a generator.
+
+    Attributes:
+      function: takes the image, the generator and, if `sized`, the target size; then its own
+        arguments.
+    """
 
     function: Callable[..., Image.Image]
     random: bool = False
+    sized: bool = True
+
+    @property
+    def parameters(self) -> list[inspect.Parameter]:
+        """Of the arguments of its own."""
+        return list(inspect.signature(self.function).parameters.values())[2 + self.sized :]
+
+
+def _distortion(function: Callable[..., Image.Image]) -> Op:
+    return Op(function, random=True, sized=False)
 
 
 OPS = {
@@ -160,7 +170,14 @@ OPS = {
     "random_resized_crop": Op(_random_resized_crop, random=True),
     "flip": Op(_flip, random=True),
     "shift": Op(_shift, random=True),
-    "randaugment": Op(_randaugment, random=True),
+    "randaugment": _distortion(augment.randaugment),
+    "randaugment_timm": _distortion(augment.randaugment_timm),
+    "three_augment": _distortion(augment.three_augment),
+    "color_jitter": _distortion(augment.color_jitter),
+    "grayscale": _distortion(augment.grayscale),
+    "gaussian_blur": _distortion(augment.gaussian_blur),
+    "solarize": _distortion(augment.solarize),
+    "random_erasing": _distortion(augment.random_erasing),
 }
 
 
@@ -181,7 +198,8 @@ class Step:
                 f"{self.name} is random and cannot be part of an evaluation transform; use "
                 "resize, resize_shorter and center_crop there."
             )
-        return op.function(image, rng, target, **self.arguments)
+        sized = (target,) if op.sized else ()
+        return op.function(image, rng, *sized, **self.arguments)
 
 
 @dataclass(frozen=True)
@@ -216,7 +234,17 @@ def parse_transform(spec: str, image_size: Size) -> Transform:
         random_resized_crop(scale_min=0.08, scale_max=1.0, method='bicubic')
         flip                                    left and right, every other time
         shift(pixels)                           moves by up to as many, black comes in
-        randaugment(layers, magnitude)
+
+    and, after the crop, the distortions of `augment`:
+
+        randaugment(layers, magnitude, quirks=False)             Google's
+        randaugment_timm(layers=2, magnitude=9, std=0.5, increasing=True, probability=0.5)
+        three_augment                                            grey, solarized or blurred
+        color_jitter(brightness, contrast, saturation, hue=0.0, probability=1.0)
+        grayscale(probability=1.0)
+        gaussian_blur(probability=1.0, sigma_min=0.1, sigma_max=2.0)       in pixels
+        solarize(probability=1.0, threshold=128)
+        random_erasing(probability, mode='pixel')                pixel, rand or const
 
     Raises UserError for an unknown operation and for arguments that do not fit.
     """
@@ -225,7 +253,19 @@ def parse_transform(spec: str, image_size: Size) -> Transform:
 
 
 # Arguments that are words, and the words that there are.
-WORDS = {"method": tuple(METHODS), "half": ("down", "even")}
+WORDS = {
+    "method": tuple(METHODS),
+    "half": ("down", "even"),
+    "mode": ("pixel", "rand", "const"),
+}
+# The largest numbers that there are, of arguments that have one; none may be below 0.
+MOST = {
+    "area_max": 1.0,
+    "scale_max": 1.0,
+    "probability": 1.0,
+    "hue": 0.5,
+    "threshold": 256,
+}
 
 
 def rescale(spec: str, old: Size, new: Size) -> str:
@@ -260,7 +300,7 @@ def _bind(text: str, name: str, args: list[Any], kwargs: dict[str, Any]) -> dict
         close = difflib.get_close_matches(name, OPS, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise UserError(f"unknown transform {name!r}{hint}: use {', '.join(OPS)}.")
-    parameters = list(inspect.signature(OPS[name].function).parameters.values())[3:]
+    parameters = OPS[name].parameters
     try:
         bound = inspect.Signature(parameters).bind(*args, **kwargs).arguments
     except TypeError as error:
@@ -287,11 +327,16 @@ def _fits(parameter: inspect.Parameter, arguments: dict[str, Any]) -> bool:
     name, value = parameter.name, arguments[parameter.name]
     if name in WORDS:
         return value in WORDS[name]
-    kinds = (int, float) if parameter.annotation is float else (int,)
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    if parameter.annotation is bool:
+        return isinstance(value, bool)
+    if not _is_number(value) or (parameter.annotation is int and not isinstance(value, int)):
         return False
-    if name.endswith("_min"):  # a share of the image's area
-        return 0 < value <= arguments[name.replace("_min", "_max")]
-    if name.endswith("_max"):
-        return value <= 1
-    return value >= (1 if parameter.default is parameter.empty and name == "size" else 0)
+    if name.endswith("_min"):
+        most = arguments[name.replace("_min", "_max")]
+        return value > 0 and not (_is_number(most) and value > most)
+    least = 1 if parameter.default is parameter.empty and name == "size" else 0
+    return least <= value <= MOST.get(name, math.inf)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
