@@ -43,6 +43,15 @@ def test_the_best_weights_are_those_of_the_least_loss(tmp_path):
     assert trained.load(tmp_path, "best", sharding.make_mesh()).step == best["step"]
 
 
+@pytest.mark.parametrize("form", ["google", "timm"])
+def test_mixup_and_cutmix_train(tmp_path, form):
+    config = tiny(total_steps=3.0)
+    config.data.update({"mixup": 0.8, "cutmix": 1.0, "mix_form": form, "binary_targets": True})
+    config.objective.loss = "sigmoid"
+    result = trainer.train(config, tmp_path)
+    assert np.isfinite(result["eval/loss"])
+
+
 def few_shot(every=2, **changes):
     config = tiny(**changes)
     config.few_shot.shots = (1, 3)
@@ -96,7 +105,7 @@ def test_few_shot_in_training_is_the_doors_few_shot(tmp_path):
     ("change", "message"),
     [
         (lambda c: c.objective.update(name="mae"), r"objective\.name is 'mae'"),
-        (lambda c: c.data.update(mixup=0.2), r"data\.mixup is 0\.2, which mixes labels"),
+        (lambda c: c.data.update(mixup=0.2), r"data\.mixup is 0\.2 and .* which mix labels"),
         (lambda c: c.objective.update(target="x"), r"objective\.target is 'x'"),
         (lambda c: c.model.update(variant="R26x1"), r"model\.depth is"),
         (

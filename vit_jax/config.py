@@ -110,6 +110,13 @@ def get_config() -> ConfigDict:
     data.eval_transform = "resize"
     data.value_range = "inception"  # inception: [-1, 1] | imagenet: by mean and deviation
     data.mixup = 0.0  # alpha of the Beta distribution; 0: off
+    data.cutmix = 0.0  # alpha of CutMix's Beta distribution; 0: off
+    data.mix_probability = 1.0  # share of the batches that are mixed
+    data.mix_switch = 0.5  # share of those that get CutMix, where both are on
+    data.mix_form = "google"  # google | timm: partner and weight, see data/mixing.py
+    data.binary_targets = (
+        False  # after mixing, each class in the picture counts as 1 (DeiT III)
+    )
     data.workers = 0  # processes that decode; 0: threads of this process
     data.threads = 16
 

@@ -55,12 +55,25 @@ def build_objective(config: ConfigDict, num_classes: int) -> Objective:
     if objective.name == "classification":
         model = build_model(config, num_classes)
         return Classification(model, objective.loss, objective.label_smoothing)
-    if config.data.mixup:
+    if build_mixing(config).mixes:
         raise UserError(
-            f"data.mixup is {config.data.mixup}, which mixes labels, but "
-            f"objective.name={objective.name!r} has none: set data.mixup=0"
+            f"data.mixup is {config.data.mixup} and data.cutmix {config.data.cutmix}, which "
+            f"mix labels, but objective.name={objective.name!r} has none: set both to 0"
         )
     return MaskedPatches(build_model(config, 0), objective.target, objective.mask_ratio)
+
+
+def build_mixing(config: ConfigDict) -> mixing.Mixing:
+    """Raises UserError for a value of `config.data` that mixing cannot have."""
+    data = config.data
+    return mixing.Mixing(
+        data.mixup,
+        data.cutmix,
+        data.mix_probability,
+        data.mix_switch,
+        data.mix_form,
+        data.binary_targets,
+    )
 
 
 def build_schedule(config: ConfigDict, examples: int) -> Schedule:
@@ -126,15 +139,15 @@ def prepare_for_eval(config: ConfigDict) -> Prepare:
 
 
 def prepare_for_training(config: ConfigDict, num_classes: int) -> Prepare:
-    """The same, then mixup where the configuration asks for it."""
-    normalize, alpha = prepare_for_eval(config), config.data.mixup
+    """The same, then mixup and CutMix where the configuration asks for them."""
+    normalize, how = prepare_for_eval(config), build_mixing(config)
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
         batch = normalize(batch, key)
-        if not alpha:
+        if not how.mixes:
             return batch
         targets = jax.nn.one_hot(batch["label"], num_classes)
-        images, targets = mixing.mixup(key, batch["image"], targets, alpha)
+        images, targets = mixing.mix(key, batch["image"], targets, how)
         return {**batch, "image": images, "targets": targets}
 
     return prepare

@@ -241,7 +241,7 @@ def test_the_same_generator_gives_the_same_image(image):
 
 @pytest.mark.parametrize("magnitude", [0, 3, 5, 10, 20])
 @pytest.mark.parametrize(
-    ("size", "constant"), [((224, 224), 196), ((100, 50), 19), (None, 255)]
+    ("size", "constant"), [((224, 224), 196), ((200, 250), 195), (None, 255)]
 )
 def test_quirky_contrast_blends_towards_a_constant(photos, size, constant, magnitude):
     image = photos[0].resize(size) if size else photos[0]
@@ -249,7 +249,7 @@ def test_quirky_contrast_blends_towards_a_constant(photos, size, constant, magni
     pixels = np.asarray(image).astype(int)
     expected = np.clip(constant + (0.18 * magnitude + 0.1) * (pixels - constant), 0, 255)
     assert np.abs(out - np.trunc(expected)).max() <= 1
-    assert np.abs(out - expected).mean() < 0.6
+    assert (out != np.trunc(expected)).mean() < 0.01  # where rounding in float32 shows
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.data.mixing import Mixing, mix, mixup
+from vit_jax.data.mixing import Mixing, mix
 from vit_jax.errors import UserError
 from vit_jax.objectives.classification import smooth_labels, softmax_cross_entropy
 
@@ -13,7 +13,7 @@ DEIT = Mixing(mixup=0.8, cutmix=1.0, mix_form="timm")
 
 def weight_of(key, alpha, b=4):
     """Mixes the identity, so that the weights can be read off."""
-    images, targets = mixup(key, jnp.eye(b).reshape(b, b, 1, 1), jnp.eye(b), alpha)
+    images, targets = mix(key, jnp.eye(b).reshape(b, b, 1, 1), jnp.eye(b), Mixing(alpha))
     np.testing.assert_array_equal(images[:, :, 0, 0], targets)
     weight = float(targets[0, 0])
     expected = weight * np.eye(b) + (1 - weight) * np.roll(np.eye(b), 1, axis=0)

@@ -301,7 +301,7 @@ def _factor(v: float) -> float:
 
 def _away(v: float, rng: Rng) -> float:
     """The same, at a distance from 1 that grows with v."""
-    return max(1 + _sign(rng) * 0.9 * v, 0.1)
+    return 1 + _sign(rng) * 0.9 * v
 
 
 OPS: dict[str, Op] = {

@@ -87,13 +87,6 @@ def mix(
     return images, targets
 
 
-def mixup(
-    key: jax.Array, images: jax.Array, targets: jax.Array, alpha: float
-) -> tuple[jax.Array, jax.Array]:
-    """`mix` with nothing but mixup, in the form that AugReg used; `alpha` 0 is off."""
-    return mix(key, images, targets, Mixing(mixup=alpha))
-
-
 def _draw_kept(key: jax.Array, size: tuple[int, ...], mixing: Mixing) -> jax.Array:
     """How much of itself an example keeps, at every pixel or, (1, 1), at all of them."""
     apply, choose, weigh, place = jax.random.split(key, 4)
