@@ -1,7 +1,6 @@
 """The notebooks are stored without outputs and run from top to bottom, shortened."""
 
 import importlib.util
-import os
 import re
 from pathlib import Path
 
