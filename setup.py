@@ -14,6 +14,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "vit_jax/__init__.py").read
 
 INSTALL_REQUIRES = [
     "absl-py>=2.0",  # command-line flags and logging
+    "array_record>=0.7",  # the files of packed data sets
     "flax>=0.12",  # the network modules (Linen)
     "grain>=0.2.12",  # the deterministic input pipeline
     "importlib_resources",  # tensorflow-datasets imports it but does not declare it
@@ -21,6 +22,7 @@ INSTALL_REQUIRES = [
     "ml-collections>=1.0",  # configuration files with command-line overrides
     "matplotlib>=3.8",  # figures of what a model looks at, and curves of sweeps
     "ml_dtypes>=0.4",  # bfloat16 arrays of other people's checkpoints
+    "msgpack>=1.0",  # the examples in them
     "numpy>=2.0",
     "optax>=0.2.5",  # optimisers
     "orbax-checkpoint>=0.11.20,<1.0",  # checkpoints; 1.0 moves the API that we use
@@ -37,7 +39,7 @@ EXTRAS = {
     "cuda": ["jax[cuda13]"],
     "tpu": ["jax[tpu]"],
     "tfds": ["tensorflow>=2.20"],  # only to prepare catalogue data sets, never to read them
-    "hf": ["datasets>=3.0"],  # data sets of the Hugging Face hub
+    "hf": ["datasets>=3.0"],  # data sets of the Hugging Face hub, and folders in its formats
     "test": [
         "ipykernel>=6.29",  # runs the notebooks, and with nbclient, nbformat executes them
         "nbclient>=0.10",

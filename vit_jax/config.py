@@ -27,6 +27,7 @@ OPERATIONAL = (
     "eval_batch_size",
     "data.data_dir",
     "data.eval_split",
+    "data.max_bad",
     "data.workers",
     "data.threads",
     "sweep.",
@@ -39,6 +40,7 @@ OF_THE_RUN = (
     "dropout",
     "stochastic_depth",
     "dtype",
+    "attention",
     "scan",
     "remat",
     "head_bias_init",
@@ -97,11 +99,15 @@ def get_config() -> ConfigDict:
     model.gelu = "tanh"  # tanh | erf
     model.layer_norm_eps = 1e-6
     model.dtype = "float32"  # operands of matrix products: float32 | bfloat16
-    model.scan = False  # compile one block and loop over layers
-    model.remat = "none"  # none | dots | full: recompute in the backward pass to save memory
+    model.attention = "auto"  # auto | xla | cudnn (one fused kernel, on NVIDIA GPUs)
+    model.scan = placeholder(bool)  # one compiled block for all layers; None: where possible
+    # none | dots | full: what is recomputed in the backward pass to save memory. dots keeps the
+    # results of dense layers, which costs little. None: dots where layers are scanned.
+    model.remat = placeholder(str)
 
     config.data = data = ConfigDict()
-    data.source = "tfds:imagenet2012"  # digits | folder:PATH | tfds:NAME | synthetic
+    # digits | folder:PATH | hf:NAME | records:PATH | tfds:NAME | synthetic: see data/sources.py
+    data.source = "tfds:imagenet2012"
     data.data_dir = placeholder(str)  # where tfds: finds prepared data sets
     data.train_split = "train"
     data.eval_split = "validation"
@@ -117,6 +123,7 @@ def get_config() -> ConfigDict:
     data.binary_targets = (
         False  # after mixing, each class in the picture counts as 1 (DeiT III)
     )
+    data.max_bad = 0.01  # share of a data set that may be images that cannot be read
     data.workers = 0  # processes that decode; 0: threads of this process
     data.threads = 16
 

@@ -32,6 +32,7 @@ from vit_jax.data import pipeline
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.interop.adapt import adapt
+from vit_jax.models.flops import train_flops
 from vit_jax.models.model import count_parameters
 from vit_jax.models.registry import ModelConfig
 from vit_jax.trained import Trained
@@ -40,7 +41,13 @@ from vit_jax.training.checkpoint import Card, Checkpoints, abstract
 from vit_jax.training.evaluate import evaluate
 from vit_jax.training.logging import MetricWriter
 from vit_jax.training.optimizer import make_optimizer
-from vit_jax.training.reporting import Metrics, Profiler, Reporter, parse_profile
+from vit_jax.training.reporting import (
+    Metrics,
+    Profiler,
+    Reporter,
+    matmul_peak,
+    parse_profile,
+)
 from vit_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
 
 # --- Plan: how long, how often ------------------------------------------------------------
@@ -164,6 +171,7 @@ class Run(NamedTuple):
 def build(config: ConfigDict) -> Run:
     """Opens the data and compiles nothing yet; every wrong field is found here."""
     parse_profile(config.profile)
+    config = experiment.with_computation_chosen(config)
     mesh = sharding.make_mesh()
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
@@ -222,6 +230,7 @@ def begin(
     """
     if stored := checkpoints.card():
         configuration.check_resumable(stored["config"], run.config, workdir)
+        check_classes(stored["class_names"], run.card["class_names"], workdir)
     everywhere = sharding.replicated(run.mesh)
     state = checkpoints.restore(abstract(jax.eval_shape(run.init), everywhere))
     if state is None:
@@ -232,6 +241,21 @@ def begin(
     text = json.dumps(run.card["config"], indent=2)
     (workdir / "config.json").write_text(text + "\n")
     return state
+
+
+def check_classes(stored: list[str], found: list[str], workdir: Path) -> None:
+    """Refuses to go on where an output of the model would come to mean another class.
+
+    Raises:
+      UserError: the data set has other classes than the run began with.
+    """
+    if stored != found:
+        different = sorted(set(stored) ^ set(found)) or ["their order"]
+        raise UserError(
+            f"{workdir} was begun with {len(stored)} classes and the data have {len(found)} "
+            f"now; different: {', '.join(different[:5])}. Restore the data, or choose another "
+            f"--workdir"
+        )
 
 
 def take_over(state: TrainState, run: Run, before: Trained) -> TrainState:
@@ -315,7 +339,11 @@ def loop(
     """
     plan, first_step = run.plan, int(state.step)
     due = lambda step: plan.due(step, plan.log_every)
-    reporter = Reporter(log, due, run.config.batch_size, workdir)
+    batch_size, cfg = run.config.batch_size, run.model_config
+    # All devices of one processor share its cores.
+    devices = jax.process_count() if jax.default_backend() == "cpu" else run.mesh.size
+    peak = devices * matmul_peak(cfg.dtype)
+    reporter = Reporter(log, due, batch_size, batch_size * train_flops(cfg), peak, workdir)
 
     def keep_if_best(step: int, metrics: Metrics) -> None:
         card = {**run.card, "metrics": metrics}

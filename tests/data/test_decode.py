@@ -120,7 +120,7 @@ def test_broken_images_are_named(photo, tmp_path):
     jpeg = encode(photo, "JPEG")
     assert "repair or remove it" in complaint(jpeg[: len(jpeg) // 2])
     assert "in no format that can be read" in complaint(b"not an image")
-    assert "in no format that can be read" in complaint(b"")
+    assert "some/photo.jpg is empty; repair or remove it" in complaint(b"")
     assert "No such file" in complaint(str(tmp_path / "gone.jpg"))
     assert "float64" in complaint(np.zeros((4, 4)))
     assert "floating-point" in complaint(

@@ -1,10 +1,14 @@
 import itertools
+import os
 import pickle
+import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import sources
+from vit_jax.data import files as file_lists
+from vit_jax.data import folder, sources
 from vit_jax.errors import UserError
 
 # Of the 120 files of `one_folder`, by the BLAKE2 hash of their relative paths.
@@ -138,7 +142,7 @@ def test_errors_name_the_folder_and_the_remedy(tmp_path, split_folders):
     assert "nowhere' does not exist" in message(tmp_path / "nowhere")
     assert "give folder:PATH" in message("")
     assert "has no split 'val[" not in message(split_folders, "dev")
-    assert "it has test, train" in message(split_folders, "dev")
+    assert "it has train, test" in message(split_folders, "dev")
     (tmp_path / "bare").mkdir()
     assert "bare' has no class folders" in message(tmp_path / "bare")
     touch(tmp_path, "flat/train/0.png")
@@ -149,3 +153,125 @@ def test_errors_name_the_folder_and_the_remedy(tmp_path, split_folders):
     touch(split_folders, "test/zebra/0.png")
     assert "test/zebra' has no counterpart in" in message(split_folders, "test")
     assert "rename or remove it" in message(split_folders, "test")
+
+
+# ---- odd folders -------------------------------------------------------------------------
+
+
+def test_classes_that_differ_in_case_only_are_told_of(tmp_path, capsys):
+    touch(tmp_path, "Cat/0.png", "cat/0.png", "dog/0.png")
+    assert sources.load(f"folder:{tmp_path}", "all").class_names == ("Cat", "cat", "dog")
+    told = capsys.readouterr().err
+    assert f"note: '{tmp_path}' has classes 'Cat' and 'cat', which differ in case only" in told
+    assert "dog" not in told
+
+
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
+    touch(tmp_path, "a/0.png", "a/deep/1.png")
+    (tmp_path / "a" / "deep" / "again").symlink_to(tmp_path / "a")
+    (tmp_path / "b").symlink_to(tmp_path / "a" / "deep")
+    found = files(tmp_path, "all")
+    assert {"a/0.png", "a/deep/1.png", "b/1.png"} <= set(found)
+    assert len(found) < 10
+
+
+def test_a_pipe_is_no_image(tmp_path):
+    touch(tmp_path, "a/0.png")
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    assert files(tmp_path, "all") == ["a/0.png"]
+
+
+def test_the_splits_of_a_folder_are_known(tmp_path, split_folders):
+    assert sources.split_names(f"folder:{split_folders}") == ("train", "test")
+    touch(tmp_path, "flat/a/0.png")
+    assert sources.split_names(f"folder:{tmp_path}/flat") == ("train", "test")
+
+
+def test_names_of_files_may_be_any_bytes(tmp_path):
+    paths = ["ä/ö.png", "b/\udcff.png", "", "c/" + "x" * 300]
+    packed = file_lists.Paths.of(paths)
+    assert list(packed) == paths
+    assert packed[1:3] == paths[1:3]
+    assert (packed[-1], len(packed)) == (paths[-1], 4)
+    assert list(file_lists.Paths.of([])) == []
+    with pytest.raises(IndexError):
+        packed[4]
+
+
+# ---- the index on disk -------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(one_folder, monkeypatch, tmp_path_factory):
+    """A cache that even small folders go to, and a folder that has not changed for a while."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("VIT_JAX_CACHE", str(cache))
+    monkeypatch.setattr(folder, "REMEMBERED_FROM", 1)
+    for path in (one_folder, one_folder / "cat", one_folder / "dog"):
+        os.utime(path, (time.time() - 60,) * 2)
+    return cache / "folders"
+
+
+def forbid_scan(monkeypatch):
+    def scan(*arguments):
+        raise AssertionError("the folder is scanned again")
+
+    monkeypatch.setattr(folder, "_images", scan)
+
+
+def test_a_second_start_reads_the_index(one_folder, cache, monkeypatch):
+    before = {split: files(one_folder, split) for split in file_lists.SPLITS}
+    labels = sources.load(f"folder:{one_folder}", "all").labels
+    assert len(list(cache.iterdir())) == 1
+    forbid_scan(monkeypatch)
+    assert {split: files(one_folder, split) for split in file_lists.SPLITS} == before
+    again = sources.load(f"folder:{one_folder}", "all")
+    np.testing.assert_array_equal(again.labels, labels)
+    assert again.class_names == ("cat", "dog")
+    assert not [p for p in one_folder.rglob("*") if p.suffix not in ("", ".png")]
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "class", "move"])
+def test_the_index_is_made_anew_when_a_folder_has_changed(one_folder, cache, change):
+    before = files(one_folder, "all")
+    if change == "add":
+        touch(one_folder, "dog/new.png")
+    elif change == "remove":
+        (one_folder / "dog" / "3.png").unlink()
+    elif change == "rename":
+        (one_folder / "dog" / "3.png").rename(one_folder / "dog" / "new.png")
+    elif change == "class":
+        touch(one_folder, "eel/0.png")
+    else:
+        (one_folder / "dog" / "3.png").rename(one_folder / "cat" / "new.png")
+    after = files(one_folder, "all")
+    assert sorted(after) == sorted(
+        p.relative_to(one_folder).as_posix() for p in one_folder.glob("*/*")
+    )
+    assert set(after) != set(before)
+
+
+def test_a_folder_that_has_just_changed_is_not_remembered(one_folder, cache):
+    touch(one_folder, "dog/new.png")
+    files(one_folder, "all")
+    assert not cache.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b"nonsense", None])
+def test_a_damaged_index_is_made_anew(one_folder, cache, damage):
+    before = files(one_folder, "all")
+    (path,) = cache.iterdir()
+    path.write_bytes(path.read_bytes()[:-300] if damage is None else damage)
+    assert files(one_folder, "all") == before
+
+
+def test_a_cache_that_cannot_be_written_does_not_matter(one_folder, cache, monkeypatch):
+    cache.parent.rmdir()
+    cache.parent.write_text("a file where the cache should be")
+    assert len(files(one_folder, "all")) == 120
+
+
+def test_a_small_folder_is_not_remembered(one_folder, cache, monkeypatch):
+    monkeypatch.setattr(folder, "REMEMBERED_FROM", 121)
+    files(one_folder, "all")
+    assert not cache.exists()

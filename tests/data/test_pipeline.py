@@ -295,3 +295,48 @@ def test_nothing_is_left_behind_and_nothing_said(tmp_path, close):
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
     if before:
         assert not [name for name in set(os.listdir("/dev/shm")) - before if "psm" in name]
+
+
+@pytest.fixture
+def salted_folder(tmp_path, photo):
+    """26 good images and 4 bad ones."""
+    (tmp_path / "a").mkdir()
+    for i in range(26):
+        photo.rotate(i).save(tmp_path / "a" / f"{i}.png")
+    for i, content in enumerate([b"", b"no image", bytes(100), b"\xff\xd8\xff"]):
+        (tmp_path / "a" / f"bad{i}.jpg").write_bytes(content)
+    return sources.load(f"folder:{tmp_path}", "all")
+
+
+@pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 2}, {"threads": 0}])
+def test_bad_images_are_left_out_the_same_way_by_any_number_of_workers(
+    salted_folder, options, capfd
+):
+    expected = train(salted_folder, 9, max_bad=0.2)
+    told = capfd.readouterr().err
+    assert all(f"bad{i}.jpg" in told for i in range(4))
+    assert_same(train(salted_folder, 9, max_bad=0.2, **options), expected)
+    parts = [
+        train(salted_folder, 9, max_bad=0.2, process_index=i, process_count=2, **options)
+        for i in range(2)
+    ]
+    assert_same(joined(parts), expected)
+    assert_same(train(salted_folder, 4, first_step=5, max_bad=0.2, **options), expected[5:])
+
+
+def test_a_limit_turns_too_many_bad_images_into_an_error(salted_folder):
+    assert len(train(salted_folder, 9, max_bad=4 / 30)) == 9
+    with pytest.raises(UserError, match="of 30 images at least 4 cannot be used, and 3 are"):
+        train(salted_folder, 9, max_bad=3 / 30)
+    with pytest.raises(UserError, match=r"bad\d\.jpg"):
+        train(salted_folder, 9)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_masks_bad_images(salted_folder, workers):
+    batches = evaluate(salted_folder, RESIZE, 3, workers=workers, max_bad=0.2)
+    assert sum(int(b["mask"].sum()) for b in batches) == 26
+    assert {frozenset(b) for b in batches} == {frozenset({"image", "label", "mask"})}
+    names = [salted_folder[i]["name"] for i in range(30)]
+    masks = np.concatenate([b["mask"] for b in batches])[:30]
+    assert [("bad" not in name.split("/")[-1]) for name in names] == list(masks == 1)

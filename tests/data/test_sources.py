@@ -135,7 +135,7 @@ def test_val_and_validation_are_one_name_even_beside_test():
 
 @pytest.mark.parametrize("source", ["digitz", "cifar10", "", "tfdss:mnist"])
 def test_an_unknown_source_lists_the_kinds(source):
-    with pytest.raises(UserError, match="use digits, folder:PATH, tfds:NAME or synthetic"):
+    with pytest.raises(UserError, match="use digits, folder:PATH, tfds:NAME, hf:NAME, records"):
         sources.load(source, "train")
 
 
@@ -175,3 +175,42 @@ def test_sources_can_be_pickled(source):
     again = pickle.loads(pickle.dumps(opened))
     assert len(again) == len(opened)
     np.testing.assert_array_equal(again[-1]["image"], opened[-1]["image"])
+
+
+@pytest.mark.parametrize("source", ["digits", "synthetic"])
+def test_the_splits_of_a_source_are_known(source):
+    assert sources.split_names(source) == ("train", "test")
+
+
+def test_labels_are_known_where_no_image_is_read_for_them():
+    whole = sources.load("digits", "train")
+    np.testing.assert_array_equal(sources.known_labels(whole), labels(whole))
+    part = sources.load("digits", "train[7:19]+test[-3:]")
+    np.testing.assert_array_equal(sources.known_labels(part), labels(part))
+    mixed = sources.Concatenation([whole, sources.load("synthetic,classes=10", "train")])
+    assert sources.known_labels(mixed) is None
+
+
+class Unlabelled(sources.SyntheticSource):
+    """Knows its labels only with its images; the last one is wrong."""
+
+    def __getitem__(self, i):
+        return super().__getitem__(i) | {"label": 3 if i == 999 else 0}
+
+
+@pytest.mark.parametrize("split", ["train", "train[500:]", "train[:3]+train[-1:]"])
+def test_labels_out_of_range_are_found_when_a_source_is_opened(monkeypatch, split):
+    opened = {
+        "known": sources.ArraySource(
+            np.zeros((1000, 1, 1), np.uint8), np.arange(1000) // 333, tuple("abc"), "known"
+        ),
+        "unknown": Unlabelled("train", (1, 1, 3), classes=3, examples=1000),
+    }
+    kind = sources._Kind(lambda argument, split, data_dir: opened[argument], None)
+    monkeypatch.setitem(sources._KINDS, "mine", kind)
+    name = {"known": r"known\[999\]", "unknown": r"synthetic train\[999\]"}
+    for argument in opened:
+        match = name[argument] + " has label 3, but the classes are numbered 0 to 2"
+        with pytest.raises(UserError, match=match):
+            sources.load(f"mine:{argument}", split)
+    assert len(sources.load("mine:known", "train[:999]")) == 999

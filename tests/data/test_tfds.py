@@ -158,6 +158,13 @@ def test_an_unprepared_set_gets_the_command_at_once(tmp_path):
     ) in str(caught.value)
 
 
+def test_a_set_that_is_downloaded_by_hand_says_which_files(tmp_path):
+    with pytest.raises(UserError) as caught:
+        sources.load("tfds:imagenet2012", "train", str(tmp_path))
+    assert "--file_format=array_record --manual_dir=FOLDER`, where FOLDER" in str(caught.value)
+    assert "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar" in str(caught.value)
+
+
 def test_tfrecord_has_an_error_of_its_own(editable):
     path = editable / "tiny/fine/1.0.0/dataset_info.json"
     info = json.loads(path.read_text()) | {"fileFormat": "tfrecord"}
@@ -173,6 +180,10 @@ def test_tfrecord_has_an_error_of_its_own(editable):
 def test_an_unknown_split_lists_those_that_exist(prepared):
     with pytest.raises(UserError, match="tfds:tiny has no split 'dev'; it has train, test"):
         sources.load("tfds:tiny", "dev", str(prepared))
+
+
+def test_the_splits_of_a_prepared_set_are_known(prepared):
+    assert sources.split_names("tfds:tiny", str(prepared)) == ("train", "test")
 
 
 def test_a_path_without_a_prepared_set_is_explained(tmp_path):

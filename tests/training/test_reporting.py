@@ -1,8 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 
 from tests.tiny_config import tiny
 from vit_jax import train as trainer
 from vit_jax.errors import UserError
+from vit_jax.training import reporting
 from vit_jax.training.logging import read_metrics
 from vit_jax.training.reporting import parse_profile
 
@@ -29,3 +32,22 @@ def test_a_trace_is_written_and_the_rest_logged_as_ever(tmp_path):
     records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "train/loss" in r]
     assert [r["step"] for r in records] == [1, 2, 3, 4]
     assert all(0 <= r["data_wait"] <= 1 for r in records)
+
+
+def test_utilisation_is_work_by_time_by_the_measured_peak(tmp_path, monkeypatch):
+    clock = iter([0.0, 2.0, 2.0, 12.0, 12.0])
+    monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=clock.__next__))
+    written = []
+    log = SimpleNamespace(write=lambda step, x: written.append(x), progress=lambda step: None)
+    due = lambda step: step in (1, 3)
+    reporter = reporting.Reporter(log, due, 8, 5e9, 2e10, tmp_path)
+    for step in (1, 2, 3):
+        reporter.add(step, {"train/loss": 1.0})
+    reporter.flush()
+    # One step of 5 GFLOPs in 2 seconds, then two in 10, where 20 GFLOP/s are possible.
+    assert [x["mfu"] for x in written] == pytest.approx([0.125, 0.05])
+    assert [x["images_per_second"] for x in written] == pytest.approx([4.0, 1.6])
+
+
+def test_the_peak_is_a_speed_that_processors_have():
+    assert 1e9 < reporting.matmul_peak("float32") < 1e14

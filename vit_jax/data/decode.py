@@ -1,7 +1,15 @@
-"""From an encoded example to an upright 8-bit PIL image."""
+"""From an encoded example to an upright 8-bit PIL image.
+
+What is no picture (empty, cut off, another kind of file, a decompression bomb, pixels that 8
+bits cannot show) is a `BadImage`, which a run may skip and count; a file that is gone or may
+not be read is an error of the data set, which it may not. Not found out is damage in the
+middle of a JPEG's data: libjpeg decodes on, and Pillow does not pass its warnings on.
+"""
 
 import contextlib
 import io
+import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,38 +17,76 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vit_jax.errors import UserError
 
+# Pillow reads 40 more, among them EPS, for which it runs another program on the file.
+Image.init()
+FORMATS = tuple(
+    name
+    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    if name in Image.OPEN
+)
 
-def decode(example: dict[str, Any], channels: int) -> Image.Image:
+
+class BadImage(UserError):
+    """What should be a picture is none; the message names it."""
+
+
+def decode(example: dict[str, Any], channels: int | None) -> Image.Image:
     """The image of an example, upright, in mode L (1 channel) or RGB (3).
 
-    Takes what Pillow reads, and uint8 arrays of shape (H, W), (H, W, 1), (H, W, 3) or
-    (H, W, 4). Of an animation the first frame counts. Transparency is dropped and the
-    colours below it stay, as TensorFlow and torchvision have it. 16-bit grey is scaled to
-    8 bits. Raises UserError, naming the example, for anything broken.
+    Takes files and bytes in one of `FORMATS`, and uint8 arrays of shape (H, W), (H, W, 1),
+    (H, W, 3) or (H, W, 4); an image that is decoded already comes back as it is. With
+    `channels=None`, grey images stay grey. Of an animation the first frame counts.
+    Transparency is dropped and the colours below it stay, as TensorFlow and torchvision have
+    it. 16-bit grey is scaled to 8 bits. An image of more than twice
+    `PIL.Image.MAX_IMAGE_PIXELS` (179 million pixels in all) is refused before it is decoded.
+
+    Raises:
+      BadImage: the image is broken or none.
+      UserError: its file cannot be read.
     """
-    if channels not in (1, 3):
+    if channels not in (1, 3, None):
         raise UserError(f"images can be decoded to 1 or 3 channels, but not to {channels}.")
     encoded, name = example["image"], example["name"]
+    if isinstance(encoded, Image.Image):
+        return encoded
     try:
         if isinstance(encoded, np.ndarray):
             return _to_mode(_from_array(encoded), channels)
-        with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded) as file:
-            return _to_mode(_upright(file), channels)
+        if not isinstance(encoded, bytes):
+            encoded = Path(encoded).read_bytes()
+        _check_png(encoded)
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            return _to_mode(_upright(image), channels)
     except UnidentifiedImageError as error:
-        raise UserError(
-            f"image {name} is in no format that can be read; repair or remove it."
-        ) from error
+        what = "in no format that can be read" if encoded else "empty"
+        raise BadImage(f"image {name} is {what}; repair or remove it.") from error
     # Given broken data, Pillow's plugins raise nearly every built-in exception.
     except Exception as error:
-        raise UserError(
+        # Only errors of the system have a number: the file is gone, or may not be read.
+        system = isinstance(error, OSError) and error.errno is not None
+        raise (UserError if system else BadImage)(
             f"image {name} cannot be decoded ({error}); repair or remove it."
         ) from error
+
+
+def _check_png(encoded: bytes) -> None:
+    """Raises ValueError if the pixels of a PNG are damaged, which Pillow would not tell."""
+    if not encoded.startswith(b"\x89PNG\r\n\x1a\n"):
+        return
+    start = 8
+    while start + 12 <= len(encoded):
+        end = start + 12 + int.from_bytes(encoded[start : start + 4], "big")
+        if encoded[start + 4 : start + 8] == b"IDAT" and end <= len(encoded):
+            stored = int.from_bytes(encoded[end - 4 : end], "big")
+            if zlib.crc32(memoryview(encoded)[start + 4 : end - 4]) != stored:
+                raise ValueError("a checksum of its pixels is wrong")
+        start = end
 
 
 def _from_array(pixels: np.ndarray) -> Image.Image:
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3):
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or 0 in pixels.shape:
         raise ValueError(f"an array of {pixels.dtype} {pixels.shape} is no 8-bit image")
     return Image.fromarray(pixels)
 
@@ -52,12 +98,16 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
-def _to_mode(image: Image.Image, channels: int) -> Image.Image:
+def _to_mode(image: Image.Image, channels: int | None) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, for which Pillow has several names
-        wide = np.asarray(image).astype(np.float64).clip(0, 65535)
+        wide = np.asarray(image).astype(np.float64)
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits; store them as 8-bit")
         image = Image.fromarray(np.rint(wide / 257).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point; store them as 8-bit")
+    if channels is None:
+        channels = 1 if image.mode in ("1", "L", "LA", "La") else 3
     if "transparency" in image.info:
         image = image.convert("RGBA")  # else Pillow warns, and may blend
     return image.convert("L" if channels == 1 else "RGB")

@@ -14,7 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.preprocess import Transform, decode
+from vit_jax.data import bad_images
+from vit_jax.data.bad_images import BadImages, Replacing
+from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.preprocess import Transform
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -24,8 +27,8 @@ Batch = dict[str, np.ndarray]
 class Batches(Iterator[Batch]):
     """An iterator over batches; `close()` ends its threads and worker processes."""
 
-    def __init__(self, iterator: Any) -> None:
-        self._open = [iterator]
+    def __init__(self, iterator: Any, bad: BadImages | None = None) -> None:
+        self._open, self._bad = [iterator], bad
         # At the latest when Python ends: Grain's own clean-up comes too late, and complains.
         self._finalizer = weakref.finalize(self, _close_all, self._open)
 
@@ -33,10 +36,15 @@ class Batches(Iterator[Batch]):
         if not self._open:
             raise ValueError("these batches are closed; make new ones to go on")
         # A worker's batch lies in shared memory that dies with the worker: copy it out.
-        return {
+        batch = {
             key: value if type(value) is np.ndarray else np.array(value)
             for key, value in next(self._open[0]).items()
         }
+        positions = batch.pop("bad")
+        if self._bad is not None:
+            for i in positions[positions != bad_images.NONE].tolist():
+                self._bad.add(i)
+        return batch
 
     def close(self) -> None:
         self._finalizer()
@@ -66,16 +74,18 @@ def train_batches(
     workers: int = 0,
     threads: int = 16,
     prefetch: int = 2,
+    max_bad: float = 0.0,
 ) -> Batches:
     """This process's share of the endless batches from step `first_step` on.
 
     Yields `image` uint8 (b, H, W, C) and `label` int32 (b,), with b = batch_size /
     process_count; joined in order of processes, they are what one process would get. Every
     epoch is shuffled anew, and batches run across the borders of epochs. `prefetch` batches
-    are made ahead, by `threads` threads or, if there are any, by `workers` processes.
+    are made ahead, by `threads` threads or, if there are any, by `workers` processes. Of the
+    examples the share `max_bad` may be bad images, for which others stand in.
 
     Raises UserError for an empty source and sizes that do not fit; and while iterating, for
-    images that cannot be read and labels out of range.
+    files that cannot be read, more bad images than `max_bad` allows and labels out of range.
     """
     import grain
 
@@ -84,11 +94,13 @@ def train_batches(
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} is out of range; choose one from 0 to 4294967295.")
     prepare = _Prepare(transform, channels, len(source.class_names))
-    examples = grain.MapDataset.source(source).seed(seed).shuffle().repeat(None)
+    bad = BadImages(source, int(max_bad * len(source)))
+    decoded = Replacing(source, channels, bad.limit)
+    examples = grain.MapDataset.source(decoded).seed(seed).shuffle().repeat(None)
     examples = examples.random_map(prepare)
     steps = sys.maxsize // batch_size - first_step
     local = grain.MapDataset.source(_Local(examples, share, steps * share.size))
-    return _iterate(local, share.size, workers, threads, prefetch)
+    return _iterate(local, share.size, workers, threads, prefetch, bad)
 
 
 def eval_batches(
@@ -102,25 +114,29 @@ def eval_batches(
     workers: int = 0,
     threads: int = 16,
     prefetch: int = 2,
+    max_bad: float = 0.0,
 ) -> Batches:
     """This process's share of every example once, in the order of the source.
 
-    Yields what `train_batches` does and `mask` float32 (b,), which is 0 where the last batch
-    is filled up with black images. All batches have one shape, and all processes have as
-    many of them. Raises UserError as `train_batches` does.
+    Yields what `train_batches` does and `mask` float32 (b,), which is 0 for bad images, and
+    where the last batch is filled up with black ones. All batches have one shape, and all
+    processes have as many of them. Raises UserError as `train_batches` does.
     """
     import grain
 
     share = _Share(batch_size, process_index, process_count)
     _check(source, share)
     prepare = _Prepare(transform, channels, len(source.class_names))
-    padded = _Padded(source, prepare)
+    bad = BadImages(source, int(max_bad * len(source)))
+    padded = _Padded(source, prepare, skips=bad.limit > 0)
     steps = -(-len(source) // batch_size)
     local = grain.MapDataset.source(_Local(padded, share, steps * share.size))
-    return _iterate(local, share.size, workers, threads, prefetch)
+    return _iterate(local, share.size, workers, threads, prefetch, bad)
 
 
-def _iterate(local: Any, size: int, workers: int, threads: int, prefetch: int) -> Batches:
+def _iterate(
+    local: Any, size: int, workers: int, threads: int, prefetch: int, bad: BadImages
+) -> Batches:
     """Threads work on the examples of one batch together, worker processes on one batch each.
 
     Batches must be whole before they reach the workers, which take turns: otherwise their
@@ -130,11 +146,11 @@ def _iterate(local: Any, size: int, workers: int, threads: int, prefetch: int) -
 
     if workers == 0:
         options = grain.ReadOptions(threads, max(prefetch * size, threads))
-        return Batches(iter(local.to_iter_dataset(options).batch(size)))
+        return Batches(iter(local.to_iter_dataset(options).batch(size)), bad)
     _mark_flags_as_parsed()
     batches = local.batch(size).to_iter_dataset(grain.ReadOptions(1, 1))
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
-    return Batches(iter(batches.mp_prefetch(options, _leave_ctrl_c_to_the_parent)))
+    return Batches(iter(batches.mp_prefetch(options, _leave_ctrl_c_to_the_parent)), bad)
 
 
 def _leave_ctrl_c_to_the_parent(worker: int, workers: int) -> None:
@@ -220,6 +236,7 @@ class _Prepare:
         return {
             "image": np.asarray(image).reshape(self.shape),
             "label": np.asarray(label, np.int32),
+            "bad": np.asarray(example.get("bad", bad_images.NONE), np.int64),
         }
 
 
@@ -229,12 +246,22 @@ class _Padded:
 
     source: Source
     prepare: _Prepare
+    skips: bool
 
     def __getitem__(self, i: int) -> Batch:
-        if i < len(self.source):
+        if i >= len(self.source):
+            return self._blank(bad_images.NONE)
+        try:
             return self.prepare(self.source[i]) | {"mask": np.asarray(1, np.float32)}
+        except BadImage:
+            if not self.skips:
+                raise
+            return self._blank(i)
+
+    def _blank(self, bad: int) -> Batch:
         return {
             "image": np.zeros(self.prepare.shape, np.uint8),
             "label": np.zeros((), np.int32),
             "mask": np.zeros((), np.float32),
+            "bad": np.asarray(bad, np.int64),
         }

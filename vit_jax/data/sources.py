@@ -2,7 +2,10 @@
 
     load("digits", "train")                    bundled with scikit-learn, nothing to fetch
     load("folder:~/pets", "test")              your own images, one folder a class
+    load("folder:~/pets/labels.csv", "test")   your own images, labels in a file
     load("tfds:cifar10", "train[:98%]")        prepared by TensorFlow Datasets
+    load("hf:cifar100@cifar100", "train")      from the Hugging Face hub, or a folder of theirs
+    load("records:~/packed", "train")          packed by `python -m vit_jax.prepare`
     load("synthetic:32x32x3,classes=10", "train")
 
 Every source takes the same split grammar, that of TensorFlow Datasets: `train`,
@@ -15,13 +18,14 @@ import re
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from vit_jax.errors import UserError
 
 HELD_OUT = ("val", "validation", "test")
+_LOOKED_AT = 64  # examples whose labels are checked where reading all would take too long
 
 
 class Source(Protocol):
@@ -30,6 +34,9 @@ class Source(Protocol):
     An example is a dict of `image` (encoded bytes, a path, or a uint8 array of shape (H, W)
     or (H, W, C)), `label` (an int that indexes `class_names`) and `name` (what an error
     message should call it).
+
+    A source that knows all labels without reading images may have them as `labels`, integers
+    of shape (N,).
     """
 
     @property
@@ -43,12 +50,49 @@ class Source(Protocol):
 def load(source: str, split: str, data_dir: str | None = None) -> Source:
     """Opens `split` of `source`; `data_dir` is where `tfds:` sets lie.
 
-    Raises UserError for an unknown source or split, and for data that cannot be read.
+    Raises UserError for an unknown source or split, for data that cannot be read, and for a
+    label out of range (of a source that must read an image for every label, only some are
+    looked at here, and the rest when they come).
     """
     kind, argument = _parse_source(source)
     parts = [_parse_split(part) for part in split.split("+")]
-    opened = [part.of(_KINDS[kind](argument, part.base, data_dir)) for part in parts]
-    return opened[0] if len(opened) == 1 else Concatenation(opened)
+    opened = [part.of(_KINDS[kind].open(argument, part.base, data_dir)) for part in parts]
+    whole = opened[0] if len(opened) == 1 else Concatenation(opened)
+    _check_labels(whole)
+    return whole
+
+
+def split_names(source: str, data_dir: str | None = None) -> tuple[str, ...]:
+    """The splits of `source` that share no example. Raises UserError as `load` does."""
+    kind, argument = _parse_source(source)
+    return _KINDS[kind].splits(argument, data_dir)
+
+
+def known_labels(source: Source) -> np.ndarray | None:
+    """All labels, integers of shape (N,), if they can be had without reading images."""
+    if isinstance(source, Subset):
+        labels = known_labels(source.source)
+        return None if labels is None else labels[source.start : source.stop]
+    if isinstance(source, Concatenation):
+        parts = [known_labels(part) for part in source.sources]
+        found = [part for part in parts if part is not None]
+        return np.concatenate(found) if len(found) == len(parts) else None
+    return getattr(source, "labels", None)
+
+
+def _check_labels(source: Source) -> None:
+    labels, classes = known_labels(source), len(source.class_names)
+    rows = np.arange(len(source))
+    if labels is None:
+        rows = np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT, dtype=int))
+        labels = np.array([source[int(i)]["label"] for i in rows])
+    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+    if len(wrong):
+        raise UserError(
+            f"{source[int(rows[wrong[0]])]['name']} has label {labels[wrong[0]]}, but the "
+            f"classes are numbered 0 to {classes - 1}; choose a split with labels, or mend the "
+            "data set."
+        )
 
 
 def _parse_source(source: str) -> tuple[str, str]:
@@ -58,8 +102,8 @@ def _parse_source(source: str) -> tuple[str, str]:
         close = difflib.get_close_matches(kind, _KINDS, n=1)
         hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise UserError(
-            f"unknown data source {source!r}{hint}: use digits, folder:PATH, tfds:NAME or "
-            "synthetic:HxWxC."
+            f"unknown data source {source!r}{hint}: use digits, folder:PATH, tfds:NAME, "
+            "hf:NAME, records:PATH or synthetic:HxWxC."
         )
     return kind, argument or ""
 
@@ -247,10 +291,19 @@ def _open_synthetic(argument: str, split: str, data_dir: str | None) -> Source:
     return SyntheticSource(split, **options)
 
 
+# ---- all kinds of sources ----------------------------------------------------------------
+
+
 def _open_folder(argument: str, split: str, data_dir: str | None) -> Source:
     from vit_jax.data import folder
 
     return folder.open_folder(argument, split)
+
+
+def _splits_of_folder(argument: str, data_dir: str | None) -> tuple[str, ...]:
+    from vit_jax.data import folder
+
+    return folder.split_names(argument)
 
 
 def _open_tfds(argument: str, split: str, data_dir: str | None) -> Source:
@@ -259,9 +312,49 @@ def _open_tfds(argument: str, split: str, data_dir: str | None) -> Source:
     return tfds.open_tfds(argument, split, data_dir)
 
 
-_KINDS: dict[str, Callable[[str, str, str | None], Source]] = {
-    "digits": _open_digits,
-    "folder": _open_folder,
-    "tfds": _open_tfds,
-    "synthetic": _open_synthetic,
+def _splits_of_tfds(argument: str, data_dir: str | None) -> tuple[str, ...]:
+    from vit_jax.data import tfds
+
+    return tfds.split_names(argument, data_dir)
+
+
+def _open_huggingface(argument: str, split: str, data_dir: str | None) -> Source:
+    from vit_jax.data import huggingface
+
+    return huggingface.open_huggingface(argument, split)
+
+
+def _splits_of_huggingface(argument: str, data_dir: str | None) -> tuple[str, ...]:
+    from vit_jax.data import huggingface
+
+    return huggingface.split_names(argument)
+
+
+def _open_records(argument: str, split: str, data_dir: str | None) -> Source:
+    from vit_jax.data import records
+
+    return records.open_records(argument, split)
+
+
+def _splits_of_records(argument: str, data_dir: str | None) -> tuple[str, ...]:
+    from vit_jax.data import records
+
+    return records.split_names(argument)
+
+
+class _Kind(NamedTuple):
+    """How to open (argument, whole split, data_dir), and to list the splits that exist."""
+
+    open: Callable[[str, str, str | None], Source]
+    splits: Callable[[str, str | None], tuple[str, ...]]
+
+
+# Each kind is imported when it is used: TensorFlow Datasets alone takes a second.
+_KINDS = {
+    "digits": _Kind(_open_digits, lambda argument, data_dir: ("train", "test")),
+    "folder": _Kind(_open_folder, _splits_of_folder),
+    "tfds": _Kind(_open_tfds, _splits_of_tfds),
+    "hf": _Kind(_open_huggingface, _splits_of_huggingface),
+    "records": _Kind(_open_records, _splits_of_records),
+    "synthetic": _Kind(_open_synthetic, lambda argument, data_dir: ("train", "test")),
 }

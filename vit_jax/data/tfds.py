@@ -41,10 +41,7 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
     Nothing is fetched. Raises UserError if the set is not prepared, was prepared as
     TFRecord, lacks the split, or has no image or class label.
     """
-    directory = _find(name, data_dir)
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(str(directory))
+    builder, directory = _builder(name, data_dir)
     split = pick_split(split, tuple(builder.info.splits), f"tfds:{name}")
     image_key, label_key = _keys(builder, name)
     label = builder.info.features[label_key]
@@ -58,6 +55,19 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
         ) from error
     names = tuple(label.names or map(str, range(label.num_classes)))
     return TfdsSource(records, image_key, label_key, names, f"tfds:{name} {split}")
+
+
+def split_names(name: str, data_dir: str | None = None) -> tuple[str, ...]:
+    """The splits of a prepared set, the one to train on first. Raises UserError."""
+    builder, _ = _builder(name, data_dir)
+    return tuple(sorted(builder.info.splits, key=lambda split: (split != "train", split)))
+
+
+def _builder(name: str, data_dir: str | None) -> tuple[Any, Any]:
+    directory = _find(name, data_dir)
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(str(directory)), directory
 
 
 def _find(name: str, data_dir: str | None) -> Any:
@@ -106,10 +116,17 @@ def _config(folder: Any, name: str) -> Any:
 
 
 def _build_command(name: str, data_dir: str) -> str:
-    return (
-        f"`pip install 'vit_jax[tfds]' && tfds build {name} --data_dir={data_dir} "
-        "--file_format=array_record`"
+    """The command, and what must be there for sets that only a person can download."""
+    command = (
+        f"pip install 'vit_jax[tfds]' && tfds build {name} --data_dir={data_dir} "
+        "--file_format=array_record"
     )
+    if re.match(r"imagenet2012\b", name):
+        return (
+            f"`{command} --manual_dir=FOLDER`, where FOLDER holds ILSVRC2012_img_train.tar and "
+            "ILSVRC2012_img_val.tar from image-net.org"
+        )
+    return f"`{command}`"
 
 
 def _keys(builder: Any, name: str) -> tuple[str, str]:

@@ -8,6 +8,7 @@ precision without its drift, and on XLA it is faster than products that return b
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,12 +17,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vit_jax.errors import UserError
+
 Initializer = Callable[..., jax.Array]
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,  # keep only each block's input
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep dense products
 }
+
+
+ATTENTION_KERNELS = (
+    "auto",  # the fastest that the device, the precision and the network allow
+    "xla",  # plain matrix products
+    "cudnn",  # NVIDIA's fused kernel, or an error
+)
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:
@@ -139,22 +149,81 @@ class LayerScale(nn.Module):
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, bias: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dtype: str,
+    bias: jax.Array | None = None,
+    kernel: str = "xla",
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
     """Softmax attention of (B, k, N, d) queries, keys and values (Appendix A, equations 6-7).
 
-    A `bias` that broadcasts to (B, k, N, N) is added to the scaled scores.
-
-    Heads come before tokens, so that every product is a plain batched matrix product, and
-    the softmax is normalised after the product with the values: d divisions a token, not N.
+    A `bias` that broadcasts to (B, k, N, N) is added to the scaled scores. `kernel` is one of
+    `ATTENTION_KERNELS`.
 
     Returns:
       The (B, k, N, d) float32 result, and a function that returns the (B, k, N, N) weights,
       so that nobody who does not ask for them pays for them.
+
+    Raises:
+      UserError: `kernel="cudnn"` where that cannot be had.
     """
+    if kernel != "xla":
+        reason = why_not_cudnn(q.shape[-1], dtype, bias is not None)
+        if reason is None:
+            # The kernel keeps its weights to itself: whoever asks has them computed plainly.
+            return cudnn_attention(q, k, v, dtype), lambda: attend(q, k, v, dtype)[1]()
+        if kernel == "cudnn":
+            raise UserError(f"model.attention is 'cudnn', but {reason}: use 'auto' or 'xla'")
+    # Heads come before tokens, so that every product is a plain batched matrix product, and
+    # the softmax is normalised after the product with the values: d divisions a token, not N.
     scores = contract("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, dtype)
     scores = scores if bias is None else scores + bias
     scores = scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores)
     total = weights.sum(axis=-1, keepdims=True)
     return contract("bhqk,bhkd->bhqd", weights, v, dtype) / total, lambda: weights / total
+
+
+def why_not_cudnn(head_width: int, dtype: str, has_bias: bool) -> str | None:
+    """A reason why cuDNN's fused attention cannot be used here, or None if it can.
+
+    Its limits are those stated by cuDNN and JAX 0.10; a bias would be possible in part, but
+    not the gradient of one that differs from image to image.
+    """
+    if jax.default_backend() != "gpu":
+        return f"this is no NVIDIA GPU but {jax.default_backend()}"
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    if not re.fullmatch(r"[0-9]+\.[0-9]+", capability) or float(capability) < 8.0:
+        return f"{jax.devices()[0].device_kind} is older than Ampere"
+    if dtype != "bfloat16":
+        return f"model.dtype is {dtype!r}, not 'bfloat16'"
+    if head_width % 8 or head_width > 128:
+        return f"heads are {head_width} wide, neither a multiple of 8 nor at most 128"
+    if has_bias:
+        return "model.relative adds a bias to the scores"
+    return None
+
+
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str) -> jax.Array:
+    """`attend` in one kernel of NVIDIA's: scores and weights never reach memory."""
+    tokens = q.shape[2]
+
+    def prepare(x: jax.Array) -> jax.Array:
+        # The backward pass takes even numbers of tokens only.
+        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, tokens % 2), (0, 0), (0, 0))).astype(
+            dtype
+        )
+
+    q, k, v = prepare(q * q.shape[-1] ** -0.5), prepare(k), prepare(v)
+    lengths = jnp.full(q.shape[0], tokens, jnp.int32) if tokens % 2 else None
+    y = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=1.0,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+    return y[:, :tokens].swapaxes(1, 2).astype(jnp.float32)

@@ -72,9 +72,11 @@ def configure(
         "channels": channels,
         "num_classes": num_classes,
     }
-    for name in own - given.keys():
-        value = getattr(fields, name, None)
-        given[name] = named.get(name) if value is None else value
+    for field in dataclasses.fields(kind):
+        value = getattr(fields, field.name, None)
+        value = named.get(field.name) if value is None else value
+        if field.name not in given and (value is not None or field.default is None):
+            given[field.name] = value
     return kind(**given)
 
 

@@ -60,7 +60,8 @@ class MultiHeadDotProductAttention(nn.Module):
         bias = None
         if cfg.relative != "none" and memory is x:
             bias = RelativeBias(cfg, name="relative")(q)
-        y, weights = attend(q, k, v, cfg.dtype, bias)
+        kernel = cfg.attention if memory is x else "xla"  # a single query needs no fusing
+        y, weights = attend(q, k, v, cfg.dtype, bias, kernel)
         out = Dense(heads, width, cfg.dtype, xavier, name="out")
         return out(y.swapaxes(1, 2)), weights
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from vit_jax.errors import UserError
 from vit_jax.models.checks import check_choices, check_positive, check_rates, check_tiles
-from vit_jax.models.layers import GELU, REMAT_POLICIES
+from vit_jax.models.layers import ATTENTION_KERNELS, GELU, REMAT_POLICIES
 from vit_jax.models.resnet import reduction
 
 CHOICES = {
@@ -16,6 +16,7 @@ CHOICES = {
     "relative": ("none", "keys", "bias"),
     "mlp": ("gelu", "swiglu"),
     "gelu": tuple(GELU),
+    "attention": ATTENTION_KERNELS,
     "dtype": ("float32", "bfloat16"),
     "remat": ("none", *REMAT_POLICIES),
 }
@@ -56,6 +57,7 @@ class ViTConfig:
     gelu: str = "tanh"  # tanh (Google) | erf (everybody else)
     layer_norm_eps: float = 1e-6
     dtype: str = "float32"  # operands of matrix products: float32 | bfloat16
+    attention: str = "auto"  # auto | xla | cudnn: which kernel computes it
     scan: bool = False  # one compiled block for all layers
     remat: str = "none"  # none | dots | full: what the backward pass recomputes
 

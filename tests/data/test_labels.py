@@ -1,0 +1,260 @@
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_jax.data import sources
+from vit_jax.errors import UserError
+
+
+def touch(root, *paths):
+    for path in paths:
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (2, 2)).save(root / path)
+
+
+def write(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+
+
+def rows(source):
+    """(file, label) of every example, sorted."""
+    examples = [source[i] for i in range(len(source))]
+    return sorted((example["image"].split("/")[-1], example["label"]) for example in examples)
+
+
+def message(path, split="train"):
+    with pytest.raises(UserError) as caught:
+        sources.load(f"folder:{path}", split)
+    return str(caught.value)
+
+
+@pytest.fixture
+def images(tmp_path):
+    touch(tmp_path, *(f"{i}.png" for i in range(6)))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("labels.csv", ["filename,label", "0.png,dog", "1.png,cat", "2.png,dog"]),
+        ("labels.csv", ["Label , IMAGE,size", "dog,0.png,9", "cat,1.png,9", "dog,./2.png,8"]),
+        ("labels.csv", ["\ufefffile_name,class", '0.png,"dog"', '"1.png", cat', "2.png,dog"]),
+        ("labels.tsv", ["path\tclass_name", "0.png\tdog", "1.png\tcat", "2.png\tdog"]),
+        ("metadata.csv", ["file_name,label", "0.png,dog", "1.png,cat", "2.png,dog"]),
+        (
+            "metadata.jsonl",
+            [
+                json.dumps({"file_name": f"{i}.png", "label": label, "boxes": [1, 2]})
+                for i, label in enumerate(["dog", "cat", "dog"])
+            ],
+        ),
+    ],
+)
+def test_files_of_labels_in_every_form(images, name, lines):
+    write(images / name, *lines)
+    source = sources.load(f"folder:{images}", "all")
+    assert rows(source) == [("0.png", 1), ("1.png", 0), ("2.png", 1)]
+    assert source.class_names == ("cat", "dog")
+    assert source.labels.dtype == np.int32
+    assert rows(pickle.loads(pickle.dumps(source))) == rows(source)
+
+
+def test_any_name_will_do_when_it_is_given(images):
+    write(images / "ours.csv", "file,label", "0.png,a", "1.png,b", "2.png,a")
+    write(images / "labels.csv", "this is not looked at")
+    source = sources.load(f"folder:{images}/ours.csv", "all")
+    assert rows(source) == [("0.png", 0), ("1.png", 1), ("2.png", 0)]
+
+
+def test_one_file_is_split_as_class_folders_are(tmp_path):
+    paths = [f"{name}/{i}.png" for name in ("cat", "dog") for i in range(30)]
+    touch(tmp_path, *(f"folders/{path}" for path in paths))
+    write(tmp_path / "folders.csv", "file,label", *(f"folders/{p},{p[:3]}" for p in paths))
+    write(tmp_path / "folders" / "x.csv", "file,label", *(f"{p},{p[:3]}" for p in paths))
+    for split in ("train", "test", "train[:50%]", "all"):
+        listed = sources.load(f"folder:{tmp_path}/folders/x.csv", split)
+        found = sources.load(f"folder:{tmp_path}/folders", split)
+        assert [listed[i] for i in range(len(listed))] == [found[i] for i in range(len(found))]
+    assert sources.split_names(f"folder:{tmp_path}/folders.csv") == ("train", "test")
+    assert len(sources.load(f"folder:{tmp_path}/folders.csv", "test")) in range(4, 22)
+
+
+def test_a_column_may_say_which_split(images):
+    lines = [
+        f"{i}.png,{'ab'[i % 2]},{split}" for i, split in enumerate(["train"] * 3 + ["test"] * 2)
+    ]
+    write(images / "labels.csv", "file,label,split", *lines)
+    assert sources.split_names(f"folder:{images}") == ("train", "test")
+    assert rows(sources.load(f"folder:{images}", "train")) == [
+        ("0.png", 0),
+        ("1.png", 1),
+        ("2.png", 0),
+    ]
+    assert rows(sources.load(f"folder:{images}", "val")) == [("3.png", 1), ("4.png", 0)]
+    write(images / "labels.csv", "file,label,split", "0.png,a,dev")
+    assert "line 2 has split 'dev'; use one of train, val" in message(images)
+
+
+@pytest.mark.parametrize("inside", ["", "train/"])
+def test_splits_made_by_you(tmp_path, inside):
+    touch(tmp_path, f"{inside}0.png", f"{inside}1.png", "eval/2.png")
+    write(tmp_path / "train.csv", "file,label", "0.png,dog", "1.png,cat")
+    write(tmp_path / "validation.csv", "file,label", "eval/2.png,dog")
+    assert rows(sources.load(f"folder:{tmp_path}", "train")) == [("0.png", 1), ("1.png", 0)]
+    assert rows(sources.load(f"folder:{tmp_path}", "val")) == [("2.png", 1)]
+    assert sources.split_names(f"folder:{tmp_path}") == ("train", "validation")
+    assert "has no split 'dev'; it has train, validation" in message(tmp_path, "dev")
+
+
+def test_the_layout_of_imagefolder(tmp_path):
+    for split, label in (("train", "b"), ("test", "a")):
+        touch(tmp_path, f"{split}/0.png", f"{split}/deep/1.png")
+        lines = [
+            json.dumps({"file_name": name, "label": label if name == "0.png" else "a"})
+            for name in ("0.png", "deep/1.png")
+        ]
+        write(tmp_path / split / "metadata.jsonl", *lines)
+    assert rows(sources.load(f"folder:{tmp_path}", "train")) == [("0.png", 1), ("1.png", 0)]
+    assert rows(sources.load(f"folder:{tmp_path}", "test")) == [("0.png", 0), ("1.png", 0)]
+
+
+def test_images_may_lie_anywhere(tmp_path, images):
+    elsewhere = tmp_path / "elsewhere"
+    write(elsewhere / "labels.csv", "file,label", f"{images}/0.png,a", "../1.png,b")
+    assert rows(sources.load(f"folder:{elsewhere}", "all")) == [("0.png", 0), ("1.png", 1)]
+
+
+def test_the_order_mixes_classes_and_ignores_that_of_the_lines(tmp_path):
+    touch(tmp_path, *(f"{i}.png" for i in range(60)))
+    lines = [f"{i}.png,{i // 30}" for i in range(60)]
+    write(tmp_path / "a.csv", "file,label", *lines)
+    write(tmp_path / "b.csv", "file,label", *reversed(lines))
+    one, other = (sources.load(f"folder:{tmp_path}/{x}.csv", "all") for x in "ab")
+    assert [one[i] for i in range(60)] == [other[i] for i in range(60)]
+    assert sum(a != b for a, b in itertools.pairwise(one.labels)) > 15
+
+
+# --- numbers ------------------------------------------------------------------------------
+
+
+def test_numbers_are_positions(images, capsys):
+    write(images / "labels.csv", "file,label", "0.png,10", "1.png,2", "2.png,002", "3.png,0")
+    source = sources.load(f"folder:{images}", "all")
+    assert rows(source) == [("0.png", 10), ("1.png", 2), ("2.png", 2), ("3.png", 0)]
+    assert source.class_names == tuple(map(str, range(11)))
+    assert (
+        "has no image of 8 of the 11 classes, the first of them '1'" in capsys.readouterr().err
+    )
+
+
+def test_numbers_in_json_are_numbers(images):
+    write(
+        images / "labels.jsonl",
+        '{"file": "0.png", "label": 1}',
+        "",
+        '{"file": "1.png", "label": 0}',
+    )
+    assert rows(sources.load(f"folder:{images}", "all")) == [("0.png", 1), ("1.png", 0)]
+
+
+@pytest.mark.parametrize("labels", [("dog", "cat", "dog"), ("1", "0", "1")])
+def test_classes_txt_says_what_the_classes_are(images, labels, capsys):
+    write(images / "classes.txt", "cat", "dog", "", "eel")
+    write(images / "labels.csv", "file,label", *(f"{i}.png,{x}" for i, x in enumerate(labels)))
+    source = sources.load(f"folder:{images}", "all")
+    assert source.class_names == ("cat", "dog", "eel")
+    assert rows(source) == [("0.png", 1), ("1.png", 0), ("2.png", 1)]
+    assert "no image of 1 of the 3 classes, the first of them 'eel'" in capsys.readouterr().err
+
+
+def test_labels_of_digits_beside_words_are_words(images):
+    write(images / "train.csv", "file,label", "0.png,7", "1.png,x")
+    write(images / "val.csv", "file,label", "2.png,7")
+    assert rows(sources.load(f"folder:{images}", "val")) == [("2.png", 0)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "classes", "part"),
+    [
+        (["0.png,0", "1.png,-1"], None, "line 3 has label -1; number the classes from 0"),
+        (["0.png,0", "1.png,20240131"], None, "line 3 has label 20240131; number the classes"),
+        (["0.png,0", "1.png,2"], ["a", "b"], "line 3 has label '2', which is none of the 2"),
+        (["0.png,a", "1.png,c"], ["a", "b"], "line 3 has label 'c', which is none of the 2"),
+        (["0.png,a", "1.png,"], None, "line 3 has label ''; give a name or a number"),
+        (["0.png,a", "1.png"], None, "line 3 has label None; give a name or a number"),
+        (["0.png,a"], ["a", "a"], "classes.txt' has the class 'a' twice; remove one"),
+        (["0.png,a"], [""], "classes.txt' names no classes; write one name a line"),
+    ],
+)
+def test_labels_out_of_range_are_found_before_an_image_is_read(images, lines, classes, part):
+    write(images / "labels.csv", "file,label", *lines)
+    if classes is not None:
+        write(images / "classes.txt", *classes)
+    assert part in message(images)
+
+
+@pytest.mark.parametrize(("train", "val"), [("dog", "eel"), ("0", "1"), ("0", "x"), ("x", "0")])
+def test_a_split_has_no_classes_of_its_own(images, train, val):
+    write(images / "train.csv", "file,label", f"0.png,{train}")
+    write(images / "val.csv", "file,label", f"1.png,{val}")
+    assert f"val.csv' line 2 has label '{val}', which is none of the 1 classes" in message(
+        images, "val"
+    )
+
+
+# --- errors -------------------------------------------------------------------------------
+
+
+def test_missing_and_double_images_are_found_before_training(images):
+    write(images / "labels.csv", "file,label", "0.png,a", "x.png,b", "1,b", "no/2.png,a")
+    said = message(images)
+    assert f"'{images}/labels.csv' line 3 names 'x.png', which does not exist below" in said
+    assert "and 2 more are missing; correct the names (endings belong to them)" in said
+    write(images / "labels.csv", "file,label", "0.png,a", "1.png,a", "./0.png,b")
+    assert "line 4 lists './0.png' again, after line 2; keep one of the two" in message(images)
+
+
+@pytest.mark.parametrize(
+    ("name", "lines", "part"),
+    [
+        ("labels.csv", ["id,label", "0.png,a"], "has columns id, label, none of which holds "),
+        ("labels.csv", ["id,label", "0.png,a"], "call one of them file_name or filename or"),
+        ("labels.csv", ["file,kind", "0.png,a"], "none of which holds labels; call one of"),
+        ("labels.csv", ["file,label"], "labels.csv' lists no images; add a line for each"),
+        ("labels.csv", [], "none of which holds image files"),
+        ("labels.csv", ["file,label", ",a"], "line 2 has no 'file'; name an image"),
+        ("labels.jsonl", ["{"], "line 1 is no JSON object; write {"),
+        ("labels.jsonl", ["[]"], "line 1 is no JSON object; write {"),
+        ("labels.jsonl", ['{"file": "0.png", "label": 1.5}'], "line 1 has label 1.5; give a"),
+        ("labels.jsonl", ['{"file": 3, "label": 1}'], "line 1 has no 'file'; name an image"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_explained(images, name, lines, part):
+    write(images / name, *lines)
+    said = message(images, "all")
+    assert part in said
+    assert f"{images}/{name}" in said
+
+
+def test_two_files_that_contradict_are_refused(images):
+    write(images / "labels.csv", "file,label", "0.png,a")
+    write(images / "train.csv", "file,label", "0.png,b")
+    assert "labels.csv' and " in message(images)
+    assert "both list labels; take one away, or name the one to use" in message(images)
+    (images / "labels.csv").unlink()
+    write(images / "train.tsv", "file\tlabel", "0.png\tb")
+    assert "train.csv' and " in message(images)
+
+
+def test_bytes_that_are_no_text_are_explained(images):
+    (images / "labels.csv").write_bytes(b"file,label\n\xff\xfe.png,a\n")
+    assert "cannot be read ('utf-8' codec" in message(images)
+    assert "lists no labels; give a folder, or a file that ends in .csv" in message(
+        images / "0.png"
+    )

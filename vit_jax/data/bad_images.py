@@ -1,0 +1,88 @@
+"""Bad images are left out and counted, each told of by name, until there are too many.
+
+In training the next good image of the source stands in for a bad one, in evaluation nothing
+does. Which one it is depends on the data set alone, so that batches stay the same whatever
+the number of threads and processes.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.sources import Source
+from vit_jax.errors import UserError
+
+_told: set[str] = set()  # an evaluation that comes again need not tell again
+
+NONE = -1  # in place of the index of a bad image
+DEFAULT_SHARE = 0.01  # of a data set may be bad
+
+
+class BadImages:
+    """The bad images of a source that were met so far."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self.source, self.limit = source, limit
+        self.reasons: dict[int, str] = {}  # by position in the source
+
+    def add(self, i: int, reason: str | None = None) -> None:
+        """Counts the image at position i, and tells of it on stderr, once in a process.
+
+        Raises:
+          UserError: there are more than `limit` now.
+        """
+        if i in self.reasons:
+            return
+        # Only its position comes out of a worker process, so what ails it is found again.
+        self.reasons[i] = reason or _reason(self.source, i)
+        count = len(self.reasons)
+        if count > self.limit:
+            raise UserError(
+                f"{self.reasons[i].removesuffix('.')}: of {len(self.source)} images at least "
+                f"{count} cannot be used, and {self.limit} are allowed."
+            )
+        if self.reasons[i] not in _told:
+            _told.add(self.reasons[i])
+            print(f"left out ({count}): {self.reasons[i]}", file=sys.stderr, flush=True)
+
+
+def _reason(source: Source, i: int) -> str:
+    try:
+        decode(source[i], None)
+    except BadImage as error:
+        return str(error)
+    return f"image {source[i]['name']} could not be decoded before, but now can."
+
+
+@dataclass(frozen=True)
+class Replacing:
+    """The images of a source, decoded, where a good one stands in for each bad one.
+
+    Examples have `bad` beside `image`, `label` and `name`: the position of the image that was
+    asked for if another stands in for it, else `NONE`.
+    """
+
+    source: Source
+    channels: int
+    limit: int
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.source.class_names
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        """Raises UserError if more than `limit` bad images follow each other."""
+        i = range(len(self))[i]
+        for tries in range(min(self.limit + 1, len(self))):
+            example = self.source[(i + tries) % len(self)]
+            try:
+                image = decode(example, self.channels)
+            except BadImage as error:
+                failure = error
+            else:
+                return {**example, "image": image, "bad": i if tries else NONE}
+        raise failure

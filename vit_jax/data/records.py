@@ -1,0 +1,175 @@
+"""Data sets packed by `python -m vit_jax.prepare`: `records:PATH`.
+
+PATH/dataset.json                            classes, splits, where they came from
+PATH/train-00000-of-00004.array_record       examples 0 to n/4 of `train`, and so on
+PATH/train-labels.npy                        all its labels, int32 (N,)
+
+A record is a MessagePack map of `image` (encoded, bytes), `label` (integer) and `name` (what it
+was called where it came from). Records are neither compressed nor grouped, so that any one is
+one read.
+"""
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgpack  # type: ignore[import-untyped]
+import numpy as np
+
+from vit_jax.data.sources import pick_split
+from vit_jax.errors import UserError
+
+INFO = "dataset.json"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RecordsSource:
+    """One split of a packed data set; images arrive encoded, as they were stored."""
+
+    records: Any  # grain.sources.ArrayRecordDataSource, which can be pickled
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        i = range(len(self))[i]
+        try:
+            record = msgpack.unpackb(self.records[i])
+        # A wrong checksum is a ValueError or a RuntimeError of the reader.
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{self.name}[{i}] cannot be read ({reason}); copy or pack the data set again."
+            ) from error
+        return {**record, "name": f"{self.name}[{i}] ({record['name']})"}
+
+
+def open_records(path: str, split: str) -> RecordsSource:
+    """Opens a whole split of the data set packed at `path`.
+
+    Raises:
+      UserError: there is none, it lacks the split, or some of it is missing.
+    """
+    from grain.sources import ArrayRecordDataSource
+
+    root, info = _read_info(path)
+    split = pick_split(split, tuple(info["splits"]), f"records:{path}")
+    described = info["splits"][split]
+    try:
+        labels = np.load(root / f"{split}-labels.npy", allow_pickle=False)
+        sizes = {name: (root / name).stat().st_size for name in described["shards"]}
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"records:{path} has no whole split {split!r} ({error}); pack it again."
+        ) from error
+    for name, shard in described["shards"].items():
+        if sizes[name] != shard["bytes"]:
+            raise UserError(
+                f"{str(root / name)!r} has {sizes[name]:,} bytes and should have "
+                f"{shard['bytes']:,}; copy it again, or pack the data set again."
+            )
+    # Told how much each holds, the reader opens a file when it first reads from it.
+    shards = [_Shard.of(root / name, x["examples"]) for name, x in described["shards"].items()]
+    records = ArrayRecordDataSource([shard for shard in shards if shard.take])
+    if not len(records) == len(labels) == described["examples"]:
+        raise UserError(
+            f"records:{path} should hold {described['examples']} examples of {split!r}, but "
+            f"has {len(records)} records and {len(labels)} labels; pack it again."
+        )
+    return RecordsSource(records, labels, tuple(info["class_names"]), f"records:{path} {split}")
+
+
+class _Shard(NamedTuple):
+    """What a reader wants to know of a file, by its names."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+    @classmethod
+    def of(cls, path: Path, examples: int) -> "_Shard":
+        return cls(str(path), 0, examples, examples)
+
+
+def split_names(path: str) -> tuple[str, ...]:
+    """The splits of a packed data set, as they were packed. Raises UserError."""
+    return tuple(_read_info(path)[1]["splits"])
+
+
+def _read_info(path: str) -> tuple[Path, dict[str, Any]]:
+    root = Path(path).expanduser()
+    try:
+        info = json.loads((root / INFO).read_text("utf-8"))
+        version = info["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"records:{path} is no packed data set, for it has no readable {INFO}; make one "
+            "with `python -m vit_jax.prepare SOURCE OUTPUT`."
+        ) from error
+    if version != VERSION:
+        raise UserError(
+            f"records:{path} has format {version}, and this version of vit_jax reads "
+            f"{VERSION}; pack it again."
+        )
+    return root, info
+
+
+# ---- writing -----------------------------------------------------------------------------
+
+
+class Packed(NamedTuple):
+    """An example as it is stored."""
+
+    image: bytes
+    label: int
+    name: str
+
+
+def write_split(
+    folder: Path, split: str, examples: Iterable[Packed | None], length: int, shards: int
+) -> dict[str, Any]:
+    """Writes a split, in order, to files in `folder`; returns what `write_info` wants of it.
+
+    Args:
+      folder: exists.
+      split: its name.
+      examples: what to write, None for an example that is left out.
+      length: the number of `examples`, those left out too.
+      shards: the number of files, which get equal shares of `examples`.
+    """
+    from array_record.python import array_record_module  # type: ignore[import-untyped]
+
+    names = [f"{split}-{k:05}-of-{shards:05}.array_record" for k in range(shards)]
+    labels: list[int] = []
+    written = {}
+    remaining = iter(examples)
+    for k, name in enumerate(names):
+        share = (k + 1) * length // shards - k * length // shards
+        before = len(labels)
+        writer = array_record_module.ArrayRecordWriter(
+            str(folder / name), "group_size:1,uncompressed"
+        )
+        for example in itertools.islice(remaining, share):
+            if example is not None:
+                writer.write(msgpack.packb(example._asdict()))
+                labels.append(example.label)
+        writer.close()
+        size = (folder / name).stat().st_size
+        written[name] = {"examples": len(labels) - before, "bytes": size}
+    np.save(folder / f"{split}-labels.npy", np.array(labels, np.int32))
+    return {"examples": len(labels), "shards": written}
+
+
+def write_info(folder: Path, class_names: Iterable[str], splits: dict[str, Any]) -> None:
+    """Writes `dataset.json`, which makes the data set whole."""
+    info = {"format": VERSION, "class_names": list(class_names), "splits": splits}
+    text = json.dumps(info, indent=2, ensure_ascii=False)
+    (folder / INFO).write_text(text + "\n", "utf-8")
