@@ -15,6 +15,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "vit_jax/__init__.py").read
 INSTALL_REQUIRES = [
     "absl-py>=2.0",  # command-line flags and logging
     "array_record>=0.7",  # the files of packed data sets
+    "filelock>=3.12",  # JAX needs it to bound its cache of compiled programs
     "flax>=0.12",  # the network modules (Linen)
     "grain>=0.2.12",  # the deterministic input pipeline
     "importlib_resources",  # tensorflow-datasets imports it but does not declare it
@@ -55,6 +56,7 @@ EXTRAS = {
         "torch>=2.8",
         "transformers>=5.0",
     ],
+    "bench": ["timm>=1.0.20", "torch>=2.8", "transformers>=5.0"],  # the peers in benchmarks/
     "dev": ["mypy>=1.15", "ruff>=0.9"],
 }
 

@@ -38,7 +38,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from vit_jax import cli, experiment, trained
+from vit_jax import cache, cli, experiment, trained
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
 from vit_jax.objectives.classification import Classification
@@ -234,6 +234,7 @@ def define_flags() -> None:
 def main(positional: list[str]) -> None:
     cli.no_positional(positional)
     given, asked = flags.FLAGS, probes_from_flags()
+    cache.keep_compiled_programs()
     mesh = sharding.make_mesh()
     model = trained.from_flags(mesh)
     config = model.config

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from vit_jax import cli, inference, trained
+from vit_jax import cache, cli, inference, trained
 from vit_jax.errors import UserError
 from vit_jax.inference import Unreadable
 from vit_jax.training import sharding
@@ -63,6 +63,7 @@ def main(positional: list[str]) -> None:
     given = flags.FLAGS
     if not positional:
         raise UserError("no image was given: pass image files or folders after the flags")
+    cache.keep_compiled_programs()
     mesh = sharding.make_mesh()
     batch_size = inference.default_batch_size(given.batch_size, mesh)
     paths = inference.find_images(positional)

@@ -26,7 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import vit_jax
-from vit_jax import cli, experiment, trained
+from vit_jax import cache, cli, experiment, trained
 from vit_jax import config as configuration
 from vit_jax.data import pipeline
 from vit_jax.data.sources import Source
@@ -473,7 +473,9 @@ def from_flags() -> tuple[ConfigDict, Path, list[str]]:
 
 def main(positional: list[str]) -> None:
     cli.no_positional(positional)
-    result = train(*from_flags())
+    arguments = from_flags()
+    cache.keep_compiled_programs()
+    result = train(*arguments)
     if result:
         name = "accuracy" if "eval/accuracy" in result else "loss"
         print(f"{name} {result[f'eval/{name}']:.4f} of {result['eval/count']} examples")

@@ -29,7 +29,7 @@ from absl import flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from vit_jax import cli, inference, trained
+from vit_jax import cache, cli, inference, trained
 from vit_jax.analysis import attention, embeddings, plots, report
 from vit_jax.atomic import replacing
 from vit_jax.data import preprocess
@@ -359,6 +359,7 @@ def define_flags() -> None:
 def main(positional: list[str]) -> None:
     given = flags.FLAGS
     output = Path(cli.required("output"))
+    cache.keep_compiled_programs()
     mesh = sharding.make_mesh()
     batch_size = BATCH_PER_DEVICE * mesh.size if given.batch_size is None else given.batch_size
     sharding.check_batch_size("--batch_size", batch_size, mesh)

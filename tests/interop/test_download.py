@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from vit_jax.cache import folder as cache_folder
 from vit_jax.errors import UserError
 from vit_jax.interop import download
 from vit_jax.interop.download import resolve
@@ -300,7 +301,7 @@ def test_augreg_unknown_model_and_a_hostile_index(server):
     with pytest.raises(UserError, match="AugReg has no model 'Ti_16'"):
         resolve("augreg:Ti_16")
     evil = [("x", "Ti_16-/../../evil", "i21k", 1)]
-    index_path = download._default_cache() / "vit_models/augreg/index.csv"
+    index_path = cache_folder() / "vit_models/augreg/index.csv"
     index_path.write_bytes(index(evil))
     assert "without its folder" in refusal("augreg:Ti_16")
 
@@ -597,11 +598,11 @@ def test_default_cache(monkeypatch, tmp_path):
     monkeypatch.delenv("VIT_JAX_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert download._default_cache() == tmp_path / ".cache/vit_jax"
+    assert cache_folder() == tmp_path / ".cache/vit_jax"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert download._default_cache() == tmp_path / "xdg/vit_jax"
+    assert cache_folder() == tmp_path / "xdg/vit_jax"
     monkeypatch.setenv("VIT_JAX_CACHE", "~/weights")
-    assert download._default_cache() == tmp_path / "weights"
+    assert cache_folder() == tmp_path / "weights"
 
 
 def test_threads_at_once_fetch_once(server, cache):

@@ -6,9 +6,9 @@ PATH/labels.csv, or another file that lists the images     see labels.py
 
 What is found in folders of 10,000 files and more is remembered, so that a second start takes
 as long as to look at the date of each folder (100,000 files in 100 folders: 0.05 s). The index
-is one file in the user's cache (`folders/` in $VIT_JAX_CACHE, else in `vit_jax` of
-$XDG_CACHE_HOME or of ~/.cache), because the folder of a data set is often read-only, or shared
-by people, or copied on as it is. Deleting the index costs one more scan.
+is one file in `folders/` of the user's cache (vit_jax/cache.py), because the folder of a data
+set is often read-only, or shared by people, or copied on as it is. Deleting the index costs
+one more scan.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vit_jax import cache
 from vit_jax.atomic import replacing
 from vit_jax.data import files, labels
 from vit_jax.data.files import FileSource, Listing, Paths
@@ -135,7 +136,7 @@ class Index:
 
 def _index(root: Path) -> Index:
     """Raises UserError if there are no class folders, or one holds no images."""
-    remembered = _cache_folder() / f"{_digest(os.path.abspath(root))}.npz"
+    remembered = cache.folder() / "folders" / f"{_digest(os.path.abspath(root))}.npz"
     if (index := _recall(remembered, root)) is not None:
         return index
     begin = time.time()
@@ -192,13 +193,6 @@ def _images(root: Path, name: str, dates: dict[str, int]) -> list[str]:
 
 
 # ---- the index on disk -------------------------------------------------------------------
-
-
-def _cache_folder() -> Path:
-    if chosen := os.environ.get("VIT_JAX_CACHE"):
-        return Path(chosen).expanduser() / "folders"
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "vit_jax" / "folders"
 
 
 def _digest(path: str) -> str:

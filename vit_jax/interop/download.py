@@ -13,7 +13,7 @@ What is fetched stays in a cache folder and is never fetched again; delete the f
 it, which is also how to follow a branch of a Hugging Face model that has moved on. Files
 are only stored here: nothing in them is run. Three environment variables change where:
 
-    VIT_JAX_CACHE      the cache folder, else `vit_jax` in $XDG_CACHE_HOME, else in ~/.cache
+    VIT_JAX_CACHE      the cache folder, see vit_jax/cache.py
     VIT_JAX_GCS_URL    a mirror of Google's buckets, else https://storage.googleapis.com
     VIT_JAX_HF_URL     a mirror of the hub, else https://huggingface.co
 
@@ -44,6 +44,7 @@ from urllib.parse import quote, unquote, urldefrag, urlsplit
 from tqdm import tqdm
 
 from vit_jax import __version__
+from vit_jax.cache import folder as cache_folder
 from vit_jax.errors import UserError
 
 _HOSTS = {
@@ -85,14 +86,8 @@ def resolve(name: str, cache: Path | None = None) -> Path:
             f"there is no file or folder {name!r}: give a path that exists, a URL, "
             "google:NAME, augreg:NAME or hf:OWNER/NAME."
         )
-    cache = (cache or _default_cache()).absolute()
+    cache = (cache or cache_folder()).absolute()
     return _KINDS[kind](name if kind.startswith("http") else rest, cache)
-
-
-def _default_cache() -> Path:
-    if chosen := os.environ.get("VIT_JAX_CACHE"):
-        return Path(os.path.expanduser(chosen))
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "vit_jax"
 
 
 def _host(variable: str) -> str:

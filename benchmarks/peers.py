@@ -1,0 +1,106 @@
+"""The table of contestants: ours in its variants, and the same network by others.
+
+All compute one function of one shape (see `task.Task`). Weights are random; images are
+normalised float32 arrays that are on the device before the clock starts.
+"""
+
+import importlib.util
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from vit_jax.errors import UserError
+
+
+class Contestant(NamedTuple):
+    """One way to compute the network.
+
+    Attributes:
+      name: as it stands in tables.
+      library: whose module, `jax_contestants` or `torch_contestants`, has the builder.
+      builder: what builds the network there.
+      options: how it shall be built: fields of our `ViTConfig`, `half_kernels` and
+        `keep_barriers` (see `jax_contestants`), or `compiled` of torch.
+      training: what replaces that in training.
+      environment: variables that its process starts with.
+      dtypes: those in which it takes part.
+      needs: packages without which it is left out.
+    """
+
+    name: str
+    library: str
+    builder: str
+    options: Mapping[str, Any] = {}
+    training: Mapping[str, Any] = {}
+    environment: Mapping[str, str] = {}
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    needs: tuple[str, ...] = ()
+
+
+# glibc gives large blocks back to the system when they are freed, and every step faults them
+# in again. So told it keeps them. It reads this when a process starts, and never later.
+KEEP_MEMORY = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+REFERENCE = "timm"  # what ratios are against, where it is installed
+OURS = "vit_jax"
+_TIMM, _HUGGING_FACE = ("torch", "timm"), ("torch", "transformers")
+_COMPILED = {"compiled": True}
+# What `python -m vit_jax.train` chooses where the configuration leaves it open.
+_TRAINING = {"scan": True, "remat": "dots"}
+# XLA's compiler for CPUs undoes unrolled rematerialisation unless it is told not to.
+_UNROLLED_DOTS = {"remat": "dots", "keep_barriers": True}
+_HALF: dict[str, Any] = {"options": {"half_kernels": True}, "dtypes": ("bfloat16",)}
+CONTESTANTS = {
+    found.name: found
+    for found in (
+        Contestant(OURS, "jax", "ours", training=_TRAINING),
+        Contestant("vit_jax, bf16 kernels", "jax", "ours", **_HALF),
+        Contestant("vit_jax, memory kept", "jax", "ours", {}, _TRAINING, KEEP_MEMORY),
+        Contestant("vit_jax, scan", "jax", "ours", {"scan": True}),
+        Contestant("vit_jax, remat full", "jax", "ours", {"scan": True, "remat": "full"}),
+        Contestant("vit_jax, unrolled", "jax", "ours"),
+        Contestant("vit_jax, unrolled, dots", "jax", "ours", _UNROLLED_DOTS),
+        Contestant("Flax layers", "jax", "flax"),
+        Contestant("timm", "torch", "timm", needs=_TIMM),
+        Contestant("timm, compiled", "torch", "timm", _COMPILED, needs=_TIMM),
+        Contestant("timm, memory kept", "torch", "timm", {}, {}, KEEP_MEMORY, needs=_TIMM),
+        Contestant("Hugging Face", "torch", "hugging_face", needs=_HUGGING_FACE),
+    )
+}
+# The yardstick: a large matrix product by each library that is here.
+PRODUCTS = (
+    Contestant("product of jax", "jax", "product"),
+    Contestant("product of torch", "torch", "product", needs=("torch",)),
+)
+
+
+def is_here(contestant: Contestant, backend: str) -> bool:
+    """Whether its packages are installed and the device is one that it can use."""
+    if not all(map(importlib.util.find_spec, contestant.needs)):
+        return False
+    if contestant.environment and not (backend == "cpu" and shutil.which("ldd")):
+        return False  # the variables are glibc's, whose own program is ldd
+    if contestant.library != "torch":
+        return True
+    compiler = backend == "gpu" or shutil.which("g++") or shutil.which("clang++")
+    return backend != "tpu" and bool(compiler or not contestant.options.get("compiled"))
+
+
+def choose(names: list[str] | None, default: tuple[str, ...], backend: str) -> list[Contestant]:
+    """Those named by a flag, or those of `default` that are here.
+
+    Raises:
+      UserError: one of the names is not here.
+    """
+    here = [name for name, found in CONTESTANTS.items() if is_here(found, backend)]
+    for name in names or ():
+        if name not in here:
+            raise UserError(
+                f"--contestants has {name!r}, which is not here: use some of "
+                f"{'; '.join(here)}, or install the [bench] extra"
+            )
+    return [CONTESTANTS[name] for name in names or default if name in here]
