@@ -61,6 +61,7 @@ def test_links_lead_to_papers_and_documentation_only(path):
     assert set(links) == {"github.com/USER/vit_jax"}  # which the reader replaces
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 # The event loop that pytest closes nothing of, and sockets of the kernel's client.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

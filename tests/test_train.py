@@ -343,7 +343,13 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "kill",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM", marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, id="SIGKILL"),
+    ],
+)
 def test_killed_at_three_random_steps_the_end_is_bit_identical(undisturbed, tmp_path, kill):
     steps = sorted(random.sample(range(6, LONG - 5), 3))
     for step in steps:
