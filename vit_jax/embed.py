@@ -130,8 +130,8 @@ def main(positional: list[str]) -> None:
         raise UserError("no image was given: pass image files or folders after the flags")
     cache.keep_compiled_programs()
     mesh = sharding.make_mesh()
-    batch_size = inference.default_batch_size(given.batch_size, mesh)
     paths = inference.find_images(positional)
+    batch_size = inference.default_batch_size(given.batch_size, len(paths), mesh)
     model = trained.from_flags(mesh)
     failures: list[Unreadable] = []
     config = model.model.config

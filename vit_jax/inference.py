@@ -47,9 +47,9 @@ def find_images(paths: list[str]) -> list[str]:
     return found
 
 
-def default_batch_size(given: int | None, mesh: Mesh) -> int:
-    """`given`, checked, or 32 images for each device."""
-    batch_size = 32 * mesh.size if given is None else given
+def default_batch_size(given: int | None, images: int, mesh: Mesh) -> int:
+    """`given`, checked, or 32 images for each device, fewer if there are not so many."""
+    batch_size = min(32, -(-images // mesh.size)) * mesh.size if given is None else given
     sharding.check_batch_size("--batch_size", batch_size, mesh)
     return batch_size
 
