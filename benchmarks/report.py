@@ -43,6 +43,8 @@ def _mebibytes(value: float) -> str:
 # Field of a row: heading, and how a cell is written.
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "model": ("model", str),
+    "images": ("images", str),
+    "transform": ("transform", str),
     "axis": ("what grows", str),
     "value": ("to", str),
     "batch_size": ("batch", str),
@@ -53,7 +55,9 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "lead": ("our speed / theirs", _spread),
     "milliseconds": ("ms", _three_digits),
     "images_per_second": ("images/s", _three_digits),
+    "images_per_core_second": ("images/s per core", _three_digits),
     "ratio": ("speed / timm's", _spread),
+    "core_ratio": ("per core / timm's", _spread),
     "ratio_float32": ("speed / timm's in float32", _spread),
     "of_peak": ("of the product's FLOP/s", lambda value: f"{value:.0%}"),
     "import": ("import, s", _seconds),
@@ -71,8 +75,8 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "work exponent": ("of counted work", lambda value: f"{value:.2f}"),
     "failed": ("failed", str),
 }
-_GROUP = ("model", "batch_size", "dtype")
-_WHO = (*_GROUP, "contestant")
+_GROUP = ("model", "images", "transform", "batch_size", "dtype")
+_WHO = ("model", "batch_size", "dtype", "contestant")
 _SPEED = ("images_per_second", "ratio", "ratio_float32", "of_peak")
 # What each benchmark shows of its rows, and what its plot shows.
 SHOWN = {
@@ -82,6 +86,10 @@ SHOWN = {
         *_WHO, "import", "init", "trace", "compile", "first_step", "total", "failed",
     ),
     "memory": (*_WHO, "program_bytes", "peak_bytes", "memory_ratio", "failed"),
+    "input_pipeline": (
+        "images", "transform", "batch_size", "contestant",
+        "images_per_second", "ratio", "images_per_core_second", "core_ratio", "failed",
+    ),
     "scaling": ("axis", "value", "dtype", "milliseconds", "program_bytes", "failed"),
 }  # fmt: skip
 PLOTTED: dict[str, tuple[str, Callable[[Row], dict[str, float] | None]]] = {
@@ -92,6 +100,10 @@ PLOTTED: dict[str, tuple[str, Callable[[Row], dict[str, float] | None]]] = {
         lambda row: {"median": row["total"]},
     ),
     "memory": ("peak memory, MiB", lambda row: {"median": row["peak_bytes"] / MIB}),
+    "input_pipeline": (
+        "speed per core / timm's (median and quartiles)",
+        lambda row: row.get("core_ratio"),
+    ),
 }
 
 
@@ -107,10 +119,14 @@ def table(rows: list[Row], shown: tuple[str, ...] = tuple(COLUMNS)) -> str:
 
 
 def groups(rows: list[Row]) -> dict[tuple[Any, ...], list[Row]]:
-    """The rows of each network, batch size and precision."""
+    """The rows that can be compared: those of each network, batch size and precision.
+
+    Keys are pairs of a field and its value.
+    """
     found: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        found.setdefault(tuple(row[name] for name in _GROUP), []).append(row)
+        key = tuple((name, row[name]) for name in _GROUP if name in row)
+        found.setdefault(key, []).append(row)
     return found
 
 
@@ -124,7 +140,7 @@ def leads(rows: list[Row]) -> list[Row]:
         if ours and theirs:
             lead = speed_ratio(ours[0]["seconds"], theirs[0]["seconds"])._asdict()
             names = {"ours": ours[0]["contestant"], "theirs": theirs[0]["contestant"]}
-            found.append(dict(zip(_GROUP, key, strict=True)) | names | {"lead": lead})
+            found.append(dict(key) | names | {"lead": lead})
     return found
 
 
@@ -146,7 +162,7 @@ def section(record: dict[str, Any]) -> str:
     """One benchmark in Markdown."""
     benchmark, rows = record["benchmark"], record["results"]
     parts = [f"## {benchmark}", conditions(record["conditions"])]
-    if benchmark in ("inference", "train_step") and (found := leads(rows)):
+    if benchmark in ("inference", "train_step", "input_pipeline") and (found := leads(rows)):
         parts.append(table(found))
     parts.append(table(rows, SHOWN[benchmark]))
     if record.get("fits"):
@@ -164,7 +180,8 @@ def plot(record: dict[str, Any]) -> Figure:
     tallest = max(map(len, panels.values()), default=1)
     figure, cells = _grid(len(panels), 0.25 * tallest + 0.7)
     for axes, (key, inside) in zip(cells, panels.items(), strict=False):
-        axes.set_title("{}, batch {}, {}".format(*key), fontsize=9)
+        title = [f"batch {value}" if name == "batch_size" else value for name, value in key]
+        axes.set_title(", ".join(title), fontsize=9)
         _bars(axes, [row["contestant"] for row in inside], [value(row) or {} for row in inside])
         if "ratio" in inside[0] and label.startswith("speed"):
             axes.axvline(1.0, color="black", linewidth=0.8)

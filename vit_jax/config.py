@@ -114,6 +114,7 @@ def get_config() -> ConfigDict:
     data.channels = 3  # 1: grey, 3: RGB
     data.train_transform = "inception_crop(0.05, 1.0)|flip"  # see data/preprocess.py
     data.eval_transform = "resize"
+    data.repeats = 1  # copies of an image in a batch, each augmented anew (DeiT: 3); 1: off
     data.value_range = "inception"  # inception: [-1, 1] | imagenet: by mean and deviation
     data.mixup = 0.0  # alpha of the Beta distribution; 0: off
     data.cutmix = 0.0  # alpha of CutMix's Beta distribution; 0: off

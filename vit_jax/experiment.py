@@ -134,6 +134,7 @@ def train_pipeline(config: ConfigDict) -> dict[str, Any]:
         "channels": data.channels,
         "batch_size": config.batch_size,
         "seed": config.seed,
+        "repeats": data.repeats,
         **_reading(data),
     }
 

@@ -1,3 +1,4 @@
+import io
 import itertools
 import os
 import subprocess
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import sources
+from vit_jax.data import pipeline, sources
 from vit_jax.data.pipeline import eval_batches, train_batches
 from vit_jax.data.preprocess import parse_transform
 from vit_jax.errors import UserError
@@ -82,6 +83,16 @@ def test_batches_have_the_shapes_and_types_promised(reference):
 @pytest.mark.parametrize("threads", [0, 1, 5])
 def test_threads_do_not_matter(noise, reference, threads):
     assert_same(train(noise, 7, threads=threads), reference)
+
+
+def test_threads_take_pieces_that_make_up_a_batch(noise):
+    found = {each: pipeline._piece_size(*each) for each in
+             [(8, 16), (8, 0), (8, 3), (256, 16), (1024, 4), (37, 2), (30, 4)]}  # fmt: skip
+    assert found == {
+        (8, 16): 1, (8, 0): 8, (8, 3): 2, (256, 16): 16, (1024, 4): 32, (37, 2): 1, (30, 4): 6
+    }  # fmt: skip
+    one, pieces = (train(noise, 3, batch_size=12, threads=threads) for threads in (12, 2))
+    assert_same(one, pieces)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -160,6 +171,72 @@ def test_seeds_change_order_and_augmentation(noise):
     one, other = (train(single, 1, seed=seed)[0]["image"] for seed in (0, 1))
     assert (one != other).any()
     assert (one[0] != one[1]).any()  # each time an example comes it is augmented anew
+
+
+# ---- repeated augmentation ---------------------------------------------------------------
+
+
+def test_a_batch_holds_one_copy_of_each_image_then_another():
+    once = numbers(train(Numbers(30), 4, IDENTITY, 1, batch_size=4))
+    batches = train(Numbers(30), 4, IDENTITY, 1, batch_size=12, repeats=3)
+    for step, batch in enumerate(batches):
+        images = once[4 * step : 4 * step + 4]  # the same order, only slower
+        assert numbers([batch]) == images * 3
+        np.testing.assert_array_equal(batch["image"].ravel() % 10, batch["label"])
+
+
+def test_as_many_epochs_as_copies_show_every_image_as_often():
+    seen = numbers(train(Numbers(30), 9, IDENTITY, 1, batch_size=10, repeats=3))
+    assert [seen.count(i) for i in range(30)] == [3] * 30
+    for i in range(3):
+        assert len(set(seen[30 * i : 30 * i + 30])) in (10, 11, 12)  # an epoch of n examples
+
+
+def test_copies_that_do_not_fit_go_to_the_next_batch():
+    # Images in the order 0, 1, 2, ... and three of each: by hand for batches of 4.
+    shares = [pipeline._Share(4, i, 2, repeats=3) for i in range(2)]
+    rows = [[share.position(i) // 3 for share in shares for i in (2 * s, 2 * s + 1)]
+            for s in range(3)]  # fmt: skip
+    assert rows == [[0, 1, 0, 0], [2, 1, 2, 1], [3, 3, 2, 3]]
+
+
+def test_every_copy_is_augmented_anew():
+    single = sources.load(NOISE + "1", "train")
+    (batch,) = train(single, 1, parse_transform("inception_crop", (12, 8)), repeats=4)
+    assert len({image.tobytes() for image in batch["image"]}) == 8
+
+
+@pytest.fixture(scope="module")
+def repeated(noise):
+    """Three copies do not fit batches of 8."""
+    return train(noise, 5, repeats=3)
+
+
+@pytest.mark.parametrize("options", [{"threads": 0}, {"workers": 2}])
+def test_copies_are_the_same_after_a_resume_with_any_workers(noise, repeated, options):
+    assert_same(train(noise, 3, first_step=2, repeats=3, **options), repeated[2:])
+
+
+def test_two_processes_share_the_copies_with_any_workers(noise, repeated):
+    parts = [
+        train(noise, 5, repeats=3, process_index=i, process_count=2, workers=i)
+        for i in range(2)
+    ]
+    assert_same(joined(parts), repeated)
+
+
+def test_four_processes_share_the_copies(noise, repeated):
+    parts = [train(noise, 5, repeats=3, process_index=i, process_count=4) for i in range(4)]
+    assert_same(joined(parts), repeated)
+
+
+@pytest.mark.parametrize("repeats", [0, -1])
+def test_repeats_below_one_are_explained(noise, repeats):
+    with pytest.raises(UserError, match=f"repeats is {repeats}: use 1 to take each image once"):
+        train(noise, 1, repeats=repeats)
+
+
+# ---- evaluation --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -295,6 +372,57 @@ def test_nothing_is_left_behind_and_nothing_said(tmp_path, close):
     assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
     if before:
         assert not [name for name in set(os.listdir("/dev/shm")) - before if "psm" in name]
+
+
+MEMORY_SCRIPT = """
+import multiprocessing
+import re
+import sys
+from pathlib import Path
+from vit_jax.data import pipeline, preprocess, sources
+
+def resident():
+    processes = ["self", *(child.pid for child in multiprocessing.active_children())]
+    status = [Path(f"/proc/{each}/status").read_text() for each in processes]
+    return sum(1024 * int(re.search(r"VmRSS:\\s+(\\d+)", text)[1]) for text in status)
+
+if __name__ == "__main__":
+    source = sources.load("folder:" + sys.argv[1], "all")
+    transform = preprocess.parse_transform("inception_crop|flip", (64, 64))
+    with pipeline.train_batches(
+        source, transform=transform, channels=3, batch_size=50, seed=0, threads=4,
+        workers=int(sys.argv[2]),
+    ) as batches:
+        after = []
+        for epoch in range(3):
+            for _ in range(len(source) // 50):
+                next(batches)
+            after.append(resident())
+        assert len(multiprocessing.active_children()) == int(sys.argv[2])
+    print(*after)
+"""
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads memory from /proc")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_stays_flat_over_epochs(tmp_path, photo, workers):
+    """In a process of its own: what others left free would hide what is kept."""
+    n = 1000
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    small = io.BytesIO()
+    photo.resize((64, 64)).save(small, "PNG")
+    for i in range(n):
+        (tmp_path / "images" / "a" / f"{i}.png").write_bytes(small.getvalue())
+    (tmp_path / "script.py").write_text(MEMORY_SCRIPT)
+    done = subprocess.run(
+        [sys.executable, "script.py", "images", str(workers)],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    first, _, third = map(int, done.stdout.split())
+    kept = 2 * n * 64 * 64 * 3  # bytes, had two epochs' images been kept
+    assert third - first < kept / 2
 
 
 @pytest.fixture

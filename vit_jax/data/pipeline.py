@@ -8,7 +8,7 @@ number is all that a checkpoint needs to know of the data.
 import signal
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,7 @@ def train_batches(
     channels: int,
     batch_size: int,
     seed: int,
+    repeats: int = 1,
     first_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -84,19 +85,36 @@ def train_batches(
     are made ahead, by `threads` threads or, if there are any, by `workers` processes. Of the
     examples the share `max_bad` may be bad images, for which others stand in.
 
+    With `repeats` R every image comes R times in a row, each time augmented anew (repeated
+    augmentation, arXiv 1902.05509, as DeiT has it, arXiv 2012.12877). A batch puts the copies
+    of an image far apart: first one of each image, then another of each, so that mixing finds
+    partners among other images, and processes share the images of a batch. Where R does not
+    divide the batch, a few images have some of their copies in the next one. An epoch of n
+    examples still is n / batch_size steps; it shows n / R images, and R epochs show each of
+    the n images R times. (DeiT shuffles anew after every n examples, so that chance decides
+    which third of the images an epoch shows; here none is left behind.)
+
     Raises UserError for an empty source and sizes that do not fit; and while iterating, for
     files that cannot be read, more bad images than `max_bad` allows and labels out of range.
     """
     import grain
 
-    share = _Share(batch_size, process_index, process_count, first_step)
+    share = _Share(batch_size, process_index, process_count, first_step, repeats)
     _check(source, share)
+    if repeats < 1:
+        raise UserError(
+            f"repeats is {repeats}: use 1 to take each image once, or 2 and more for repeated "
+            "augmentation."
+        )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} is out of range; choose one from 0 to 4294967295.")
     prepare = _Prepare(transform, channels, len(source.class_names))
     bad = BadImages(source, int(max_bad * len(source)))
     decoded = Replacing(source, channels, bad.limit)
     examples = grain.MapDataset.source(decoded).seed(seed).shuffle().repeat(None)
+    if repeats > 1:
+        # Grain draws by an example's place: so each copy gets a place, and draws, of its own.
+        examples = grain.MapDataset.source(_Repeated(examples, repeats)).seed(seed)
     examples = examples.random_map(prepare)
     steps = sys.maxsize // batch_size - first_step
     local = grain.MapDataset.source(_Local(examples, share, steps * share.size))
@@ -137,7 +155,7 @@ def eval_batches(
 def _iterate(
     local: Any, size: int, workers: int, threads: int, prefetch: int, bad: BadImages
 ) -> Batches:
-    """Threads work on the examples of one batch together, worker processes on one batch each.
+    """Threads work on the pieces of one batch together, worker processes on one batch each.
 
     Batches must be whole before they reach the workers, which take turns: otherwise their
     number would decide what a batch holds.
@@ -145,12 +163,44 @@ def _iterate(
     import grain
 
     if workers == 0:
-        options = grain.ReadOptions(threads, max(prefetch * size, threads))
-        return Batches(iter(local.to_iter_dataset(options).batch(size)), bad)
+        pieces = _Pieces(local, _piece_size(size, threads))
+        count = size // pieces.size
+        options = grain.ReadOptions(threads, max(prefetch * count, threads))
+        read = grain.MapDataset.source(pieces).to_iter_dataset(options)
+        return Batches(iter(read.batch(count, batch_fn=_stack)), bad)
     _mark_flags_as_parsed()
     batches = local.batch(size).to_iter_dataset(grain.ReadOptions(1, 1))
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
     return Batches(iter(batches.mp_prefetch(options, _leave_ctrl_c_to_the_parent)), bad)
+
+
+def _piece_size(size: int, threads: int) -> int:
+    """How many examples a thread takes at a time; it divides `size`.
+
+    So many that Grain's work for what a thread takes, which is more than that of decoding a
+    small image, is shared by some examples; so few that all threads have a part of a batch.
+    """
+    most = min(32, size // max(threads, 1))
+    return next((n for n in range(most, 1, -1) if size % n == 0), 1)
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Examples in lists of `size`."""
+
+    examples: Any
+    size: int
+
+    def __len__(self) -> int:
+        return len(self.examples) // self.size
+
+    def __getitem__(self, i: int) -> list[Batch]:
+        return [self.examples[i * self.size + k] for k in range(self.size)]
+
+
+def _stack(pieces: Sequence[list[Batch]]) -> Batch:
+    examples = [example for piece in pieces for example in piece]
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
 
 
 def _leave_ctrl_c_to_the_parent(worker: int, workers: int) -> None:
@@ -184,16 +234,28 @@ class _Share:
     process_index: int
     process_count: int
     first_step: int = 0
+    repeats: int = 1
 
     @property
     def size(self) -> int:
         return self.batch_size // self.process_count
 
     def position(self, i: int) -> int:
-        """Where this process's i-th example stands among all examples of all batches."""
+        """Where this process's i-th example stands among all examples of all batches.
+
+        There the copies of an image stand side by side; in a batch, those come first that are
+        the first copy of theirs, then all second ones, and so on.
+        """
         step, row = divmod(i, self.size)
-        start = (self.first_step + step) * self.batch_size + self.process_index * self.size
-        return start + row
+        row += self.process_index * self.size
+        start = (self.first_step + step) * self.batch_size
+        for copy in range(self.repeats):
+            first = start + (copy - start) % self.repeats
+            same = range(first, start + self.batch_size, self.repeats)
+            if row < len(same):
+                return same[row]
+            row -= len(same)
+        raise IndexError(i)  # not reached: the copies make up the batch
 
 
 @dataclass(frozen=True)
@@ -209,6 +271,20 @@ class _Local:
 
     def __getitem__(self, i: int) -> Any:
         return self.examples[self.share.position(i)]
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """Every example `repeats` times in a row."""
+
+    examples: Any
+    repeats: int
+
+    def __len__(self) -> int:
+        return len(self.examples)  # endless
+
+    def __getitem__(self, i: int) -> Any:
+        return self.examples[i // self.repeats]
 
 
 @dataclass(frozen=True)
