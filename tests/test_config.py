@@ -121,7 +121,7 @@ def test_the_model_of_weights_is_taken_but_for_what_a_run_decides():
     weights.data.update({"channels": 1, "value_range": "imagenet", "threads": 99})
     configuration.take_model(config, weights, ["model.gelu", "data.channels"])
     of_the_run = {"dropout", "stochastic_depth", "dtype", "scan", "remat", "head_bias_init"}
-    of_the_run |= {"representation_size"}
+    of_the_run |= {"representation_size", "attention"}
     for name, value in config.model.items():
         kept = name in of_the_run or name == "gelu"
         assert value == (default if kept else weights.model)[name], name

@@ -139,6 +139,17 @@ def record_reads(config, read, monkeypatch):
         return value
 
     monkeypatch.setattr(ConfigDict, "__getitem__", getitem)
+    original_copy, copies = ConfigDict.copy_and_resolve_references, []
+
+    def copy(self, *arguments, **options):
+        """A copy is looked at in the place of what it is a copy of."""
+        copied = original_copy(self, *arguments, **options)
+        if id(self) in paths:
+            paths[id(copied)] = paths[id(self)]
+            copies.append(copied)  # or another object could come to have its id
+        return copied
+
+    monkeypatch.setattr(ConfigDict, "copy_and_resolve_references", copy)
 
 
 @pytest.mark.parametrize("variant", ["R26x1", "Mixer-S/16"])

@@ -82,7 +82,7 @@ def test_few_shot_in_training_is_the_doors_few_shot(tmp_path):
     found = run.few_shot(params)
     source, test = run.source, run.eval_source
     step = probes.make_feature_step(
-        trainer.experiment.build_objective(config, 10).model,
+        trainer.experiment.build_objective(run.config, 10).model,
         trainer.experiment.prepare_for_eval(config),
         run.mesh,
     )
