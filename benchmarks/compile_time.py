@@ -62,7 +62,7 @@ def measure(
     failed: dict[str, str] = {}
     for _ in range(rounds):
         for contestant in chosen:
-            compiles = contestant.library == "jax" or contestant.options.get("compiled")
+            compiles = contestant.framework == "jax" or contestant.options.get("compiled")
             names = [contestant.name, f"{contestant.name}, cached"]
             with tempfile.TemporaryDirectory() as folder:
                 for name in names[: 2 if compiles else 1]:

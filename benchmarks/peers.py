@@ -17,7 +17,7 @@ class Contestant(NamedTuple):
 
     Attributes:
       name: as it stands in tables.
-      library: whose module, `jax_contestants` or `torch_contestants`, has the builder.
+      framework: whose module, `jax_contestants` or `torch_contestants`, has the builder.
       builder: what builds the network there.
       options: how it shall be built: fields of our `ViTConfig`, `half_kernels` and
         `keep_barriers` (see `jax_contestants`), or `compiled` of torch.
@@ -28,7 +28,7 @@ class Contestant(NamedTuple):
     """
 
     name: str
-    library: str
+    framework: str
     builder: str
     options: Mapping[str, Any] = {}
     training: Mapping[str, Any] = {}
@@ -84,7 +84,7 @@ def is_here(contestant: Contestant, backend: str) -> bool:
         return False
     if contestant.environment and not (backend == "cpu" and shutil.which("ldd")):
         return False  # the variables are glibc's, whose own program is ldd
-    if contestant.library != "torch":
+    if contestant.framework != "torch":
         return True
     compiler = backend == "gpu" or shutil.which("g++") or shutil.which("clang++")
     return backend != "tpu" and bool(compiler or not contestant.options.get("compiled"))

@@ -55,7 +55,7 @@ class Process:
             env=os.environ | dict(contestant.environment) | dict(environment or {}),
         )
         order = {
-            "library": contestant.library,
+            "library": contestant.framework,
             "builder": contestant.builder,
             "options": {**contestant.options, **(contestant.training if task.training else {})},
             "task": task._asdict(),

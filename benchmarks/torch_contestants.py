@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import library
 
 from benchmarks.task import CLASSES, Task, product_size
 
@@ -62,20 +63,20 @@ def make_torchvision_importable() -> None:
     missing and refuses to import when it registers their shape rules. Nothing here uses those
     operators, so the rules are left out.
     """
-    register = torch.library.register_fake
+    register = library.register_fake
 
     def unless_torchvision(name: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(name, str) and name.startswith("torchvision::"):
             return lambda function: function
         return register(name, *args, **kwargs)
 
-    torch.library.register_fake = unless_torchvision
+    library.register_fake = unless_torchvision
     try:
         import torchvision  # noqa: F401
     except ImportError:
         pass
     finally:
-        torch.library.register_fake = register
+        library.register_fake = register
 
 
 def device(task: Task) -> str:

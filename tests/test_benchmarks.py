@@ -112,7 +112,9 @@ BUILT = [
     name
     for name, found in peers.CONTESTANTS.items()
     # Environments change nothing here, and barriers have their own test.
-    if found.library == "jax" and not found.environment and "keep_barriers" not in found.options
+    if found.framework == "jax"
+    and not found.environment
+    and "keep_barriers" not in found.options
 ]
 
 
