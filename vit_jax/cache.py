@@ -7,8 +7,6 @@ weights, `folders/` (lists of the files of large data sets) and `compiled/`.
 import os
 from pathlib import Path
 
-import jax
-
 COMPILED_BYTES = 4 << 30  # the programs least recently used go when there are more
 
 
@@ -25,6 +23,8 @@ def keep_compiled_programs() -> None:
     made for one processor crashes on another that shares the home folder. JAX's own setting
     ($JAX_COMPILATION_CACHE_DIR), where there is one, is left as it is, on any device.
     """
+    import jax  # here, since whoever only looks for a file does not need it
+
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen is None and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_max_size", COMPILED_BYTES)
