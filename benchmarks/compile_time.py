@@ -15,7 +15,6 @@ from absl import flags
 from benchmarks import options, peers
 from benchmarks.measure import Row
 from benchmarks.processes import Failed, Process
-from benchmarks.report import SHOWN, table
 from benchmarks.task import Task
 from vit_jax import cli
 
@@ -92,7 +91,6 @@ def main(positional: list[str]) -> None:
     for model, task in options.tasks(session, "B/16", BATCH_SIZES, training=True):
         rows = measure(model, task, chosen, rounds, session.threads)
         session.add(rows)
-        print(table(rows, SHOWN["compile_time"]), flush=True)
 
 
 if __name__ == "__main__":

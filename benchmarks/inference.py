@@ -8,7 +8,6 @@ from absl import flags
 
 from benchmarks import options, peers
 from benchmarks.measure import compare
-from benchmarks.report import SHOWN, table
 from vit_jax import cli
 
 CONTESTANTS = (
@@ -30,7 +29,6 @@ def main(positional: list[str]) -> None:
     for model, task in options.tasks(session, "S/16,B/16", BATCH_SIZES, training=False):
         rows = compare(model, task, chosen, rounds, session.threads, session.one_at_a_time)
         session.add(rows)
-        print(table(rows, SHOWN["inference"]), flush=True)
 
 
 if __name__ == "__main__":

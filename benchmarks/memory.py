@@ -8,7 +8,6 @@ that double the last row says what fits.
 
 from benchmarks import options, peers
 from benchmarks.measure import Row, compare
-from benchmarks.report import SHOWN, table
 from vit_jax import cli
 
 CONTESTANTS = (
@@ -40,7 +39,6 @@ def main(positional: list[str]) -> None:
         )
         failed |= {key(row["contestant"]) for row in rows if "failed" in row}
         session.add(rows)
-        print(table(rows, SHOWN["memory"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from benchmarks import conditions, measure, peers
+from benchmarks import conditions, measure, peers, report
 from benchmarks.task import CLASSES, Task
 from vit_jax import config as configuration
 from vit_jax.errors import UserError
@@ -40,9 +40,10 @@ class Session(NamedTuple):
     record: dict[str, Any]
 
     def add(self, rows: list[measure.Row]) -> None:
-        """Keeps rows, at once on disk: a long run may be stopped."""
+        """Keeps rows, at once on disk since a long run may be stopped, and prints them."""
         self.record["results"] += rows
         measure.save(Path(flags.FLAGS.output), self.record)
+        print(report.table(rows, report.SHOWN[self.record["benchmark"]]), flush=True)
 
 
 def start(benchmark: str) -> Session:

@@ -16,7 +16,7 @@ from absl import flags
 from benchmarks import options, peers
 from benchmarks.measure import Row, work
 from benchmarks.processes import Entry, measure
-from benchmarks.report import SHOWN, table
+from benchmarks.report import table
 from benchmarks.task import Task
 from vit_jax import cli
 
@@ -113,7 +113,6 @@ def main(positional: list[str]) -> None:
             if fitted := fit(rows):
                 session.record["fits"].append(fitted)
             session.add(rows)
-            print(table(rows, SHOWN["scaling"]), flush=True)
     print(table(session.record["fits"]))
 
 

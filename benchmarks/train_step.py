@@ -8,7 +8,6 @@ from absl import flags
 
 from benchmarks import options, peers
 from benchmarks.measure import compare
-from benchmarks.report import SHOWN, table
 from vit_jax import cli
 
 CONTESTANTS = (
@@ -33,7 +32,6 @@ def main(positional: list[str]) -> None:
     for model, task in options.tasks(session, models, BATCH_SIZES, training=True):
         rows = compare(model, task, chosen, rounds, session.threads, session.one_at_a_time)
         session.add(rows)
-        print(table(rows, SHOWN["train_step"]), flush=True)
 
 
 if __name__ == "__main__":
