@@ -149,7 +149,7 @@ def training(builder: str, options: dict[str, Any], task: Task) -> tuple[Run, Fa
     schedule = optax.constant_schedule(1e-4)
     optimizer = make_optimizer(optimizer_config(), schedule)
     step = make_train_step(objective, optimizer, schedule, lambda batch, key: batch, seed=0)
-    mesh = sharding.make_mesh(jax.devices()[: task.devices])
+    mesh = sharding.make_mesh(devices=jax.devices()[: task.devices])
     everywhere = sharding.replicated(mesh)
     init = lambda: init_state(objective, optimizer, 0, False)
     state = jax.jit(init, out_shardings=everywhere)()

@@ -1,4 +1,4 @@
-"""Every test runs on four fake CPU devices, so that sharding is never a special case."""
+"""Every test runs on eight fake CPU devices, so that sharding is never a special case."""
 
 import atexit
 import os
@@ -6,7 +6,7 @@ import shutil
 import tempfile
 
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
 

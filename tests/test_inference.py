@@ -7,7 +7,7 @@ from vit_jax.training import sharding
 
 
 def test_a_batch_is_no_larger_than_what_there_is():
-    one = sharding.make_mesh(jax.devices()[:1])
+    one = sharding.make_mesh(devices=jax.devices()[:1])
     four = sharding.make_mesh()
     assert inference.default_batch_size(None, 1, one) == 1
     assert inference.default_batch_size(None, 1, four) == 4

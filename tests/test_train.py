@@ -20,6 +20,7 @@ from vit_jax import config as configuration
 from vit_jax import train as trainer
 from vit_jax.errors import UserError
 from vit_jax.interop import google, huggingface
+from vit_jax.processes import StopSignal
 from vit_jax.training import sharding
 from vit_jax.training.checkpoint import Checkpoints, abstract
 from vit_jax.training.logging import read_metrics
@@ -32,7 +33,7 @@ TINY = ROOT / "tests" / "tiny_config.py"
 def final_state(workdir):
     """Every array of the last checkpoint."""
     run = trainer.build(tiny())
-    target = abstract(jax.eval_shape(run.init), sharding.replicated(run.mesh))
+    target = abstract(run.learning.abstract_state, run.learning.shardings)
     with Checkpoints(workdir, 2) as checkpoints:
         return jax.device_get(checkpoints.restore(target))
 
@@ -91,9 +92,9 @@ def test_running_again_when_complete_changes_nothing(finished, capsys):
 
 def test_evaluation_counts_every_example_once_whatever_the_batch_size(finished):
     workdir, result = finished
-    run = trainer.build(tiny(eval_batch_size=44))
+    run = trainer.build(tiny(eval_batch_size=40))
     state = final_state(workdir)
-    stop = trainer.StopSignal()
+    stop = StopSignal()
     other = trainer.evaluate_state(run, state, stop)
     assert other["eval/count"] == 360
     assert other["eval/accuracy"] == result["eval/accuracy"]
@@ -172,14 +173,14 @@ def test_no_steps_is_an_error():
 
 def test_the_loop_neither_recompiles_nor_moves_data_by_accident(tmp_path):
     run = trainer.build(tiny())
-    state = jax.jit(run.init, out_shardings=sharding.replicated(run.mesh))()
+    state = run.learning.init()
     batches = trainer.pipeline.train_batches(run.source, **run.train_reading)
     with batches:
         for _ in range(4):
             batch = sharding.put_batch(next(batches), run.mesh)
             with jax.transfer_guard("disallow"):
-                state, _ = run.train_step(state, batch)
-    assert run.train_step._cache_size() == 1
+                state, _ = run.learning.train_step(state, batch)
+    assert run.learning.train_step._cache_size() == 1
 
 
 # --- The model from the weights -----------------------------------------------------------
@@ -223,8 +224,8 @@ def test_the_weights_decide_the_model_and_its_pixels(weights, tmp_path, capsys):
     assert (stored.data.value_range, stored.data.channels) == ("imagenet", 3)
     assert (stored.model.dropout, stored.model.stochastic_depth) == (0.2, 0.2)
     run = trainer.build(stored)
-    assert run.model_config.gelu == "erf"
-    assert run.model_config.grid == (2, 2)
+    assert run.learning.objective.model.config.gelu == "erf"
+    assert run.learning.objective.model.config.grid == (2, 2)
     prepared = trainer.experiment.prepare_for_eval(stored)(
         {"image": np.full((1, 1, 1, 3), 255, np.uint8)}, jax.random.key(0)
     )
@@ -266,7 +267,7 @@ def test_a_variant_with_other_numerics_than_the_weights_is_one_note(weights, tmp
     assert before is None
     run = trainer.build(config)
     before = trainer.trained.load_any(config.init_from, "last", None)
-    trainer.take_over(jax.jit(run.init)(), run, before)
+    trainer.take_over(run.learning.init(), run, before)
     [note] = [line for line in capsys.readouterr().err.splitlines() if "trained with" in line]
     assert note == (
         f"note: {weights} was trained with model.gelu='erf' (here 'tanh'), "
@@ -283,7 +284,7 @@ def test_a_tanh_layer_stays_only_when_it_is_asked_for(tmp_path):
     config.model.representation_size = 24
     resolved, before = trainer.resolve(config, tmp_path, [])
     run = trainer.build(resolved)
-    state = trainer.take_over(jax.jit(run.init)(), run, before)
+    state = trainer.take_over(run.learning.init(), run, before)
     np.testing.assert_array_equal(
         state.params["pre_logits"]["kernel"], before.params["pre_logits"]["kernel"]
     )

@@ -1,6 +1,5 @@
 """Objectives other than classification, and probes, inside the trainer."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -78,7 +77,7 @@ def test_few_shot_in_training_is_the_doors_few_shot(tmp_path):
     """Fitted by hand to the images that the seeds choose."""
     config = few_shot(total_steps=2.0)
     run = trainer.build(config)
-    params = jax.jit(run.init)().params
+    params = run.learning.init().params
     found = run.few_shot(params)
     source, test = run.source, run.eval_source
     step = probes.make_feature_step(

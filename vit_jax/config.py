@@ -25,6 +25,7 @@ OPERATIONAL = (
     "keep_checkpoints",
     "profile",
     "eval_batch_size",
+    "mesh.",
     "data.data_dir",
     "data.eval_split",
     "data.max_bad",
@@ -69,6 +70,11 @@ def get_config() -> ConfigDict:
         2  # how many of the last checkpoints stay; the best one always does
     )
     config.profile = placeholder(str)  # FIRST:LAST: a trace of these steps, for TensorBoard
+
+    config.mesh = mesh = ConfigDict()  # devices along each axis; see training/sharding.py
+    mesh.data = -1  # examples are divided; -1: over all devices that remain
+    mesh.fsdp = 1  # examples are divided, and the weights, too: for models that do not fit
+    mesh.tensor = 1  # each layer is divided: for models that do not fit even so
 
     config.model = model = ConfigDict()
     # None: all of the model but `OF_THE_RUN`, data.channels and data.value_range are those of

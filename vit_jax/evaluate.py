@@ -74,7 +74,7 @@ def _over_batches(
 ) -> Any:
     """`function` of the batches of `source`, on the device, with a progress bar."""
     batches = pipeline.eval_batches(
-        source, batch_size=batch_size, **experiment.eval_pipeline(model.config)
+        source, batch_size=batch_size, **experiment.eval_pipeline(model.config, mesh)
     )
     with contextlib.closing(batches):
         total = -(-len(source) // batch_size)

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,8 +19,15 @@ from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives.classification import Classification
 from vit_jax.objectives.masked_patches import MaskedPatches
 from vit_jax.training import probes, sharding
-from vit_jax.training.optimizer import Schedule, make_schedule
-from vit_jax.training.step import Batch, Prepare
+from vit_jax.training.optimizer import Schedule, make_optimizer, make_schedule
+from vit_jax.training.step import (
+    Batch,
+    Prepare,
+    TrainState,
+    init_state,
+    make_eval_step,
+    make_train_step,
+)
 
 Objective = Classification | MaskedPatches
 OBJECTIVES = ("classification", "masked_patches")
@@ -116,18 +123,21 @@ def open_source(config: ConfigDict, split: str) -> sources.Source:
     return sources.load(config.data.source, split, config.data.data_dir)
 
 
-def eval_pipeline(config: ConfigDict) -> dict[str, Any]:
-    """How `data.pipeline.eval_batches` shall read for this configuration."""
+def eval_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, Any]:
+    """How `data.pipeline.eval_batches` shall read for this configuration.
+
+    With a `mesh`, this process reads what its devices need, else everything.
+    """
     data = config.data
     return {
         "transform": preprocess.parse_transform(data.eval_transform, tuple(config.image_size)),
         "channels": data.channels,
-        **_reading(data),
+        **_reading(data, mesh),
     }
 
 
-def train_pipeline(config: ConfigDict) -> dict[str, Any]:
-    """How `data.pipeline.train_batches` shall read for this configuration."""
+def train_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, Any]:
+    """How `data.pipeline.train_batches` shall read for this configuration; see above."""
     data = config.data
     return {
         "transform": preprocess.parse_transform(data.train_transform, tuple(config.image_size)),
@@ -135,17 +145,18 @@ def train_pipeline(config: ConfigDict) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "seed": config.seed,
         "repeats": data.repeats,
-        **_reading(data),
+        **_reading(data, mesh),
     }
 
 
-def _reading(data: ConfigDict) -> dict[str, Any]:
+def _reading(data: ConfigDict, mesh: Mesh | None) -> dict[str, Any]:
     if not 0 <= data.max_bad < 1:
         raise UserError(f"data.max_bad is {data.max_bad}: use a share of at least 0, below 1")
+    parts, part_count = sharding.batch_parts(mesh) if mesh else ((0,), 1)
     return {
         "max_bad": data.max_bad,
-        "process_index": jax.process_index(),
-        "process_count": jax.process_count(),
+        "parts": parts,
+        "part_count": part_count,
         "workers": data.workers,
         "threads": data.threads,
     }
@@ -178,6 +189,65 @@ def prepare_for_training(config: ConfigDict, num_classes: int) -> Prepare:
     return prepare
 
 
+class Learning(NamedTuple):
+    """What is learned and how, compiled when it is first called; no data yet.
+
+    Attributes:
+      objective: what is learned, with its network.
+      abstract_state: shapes and dtypes of the state.
+      shardings: where each array of it lives.
+      init: makes the first state, each device its own part: nobody ever holds the whole.
+      train_step: `(state, batch) -> (state, metrics)`, in the memory of the old state.
+      eval_step: `(params, extra, batch) -> {name: (sum, count)}`.
+    """
+
+    objective: Objective
+    abstract_state: TrainState
+    shardings: TrainState
+    init: Callable[[], TrainState]
+    train_step: Any
+    eval_step: Any
+
+
+def build_learning(config: ConfigDict, mesh: Mesh, num_classes: int, examples: int) -> Learning:
+    """The computation of a configuration on a mesh, whose devices need not be there.
+
+    Args:
+      config: with `model.scan` and `model.remat` decided.
+      mesh: of `training.sharding.make_mesh`.
+      num_classes: of the data.
+      examples: in an epoch.
+
+    Raises:
+      UserError: a field does not fit the rest.
+    """
+    objective = build_objective(config, num_classes)
+    schedule = build_schedule(config, examples)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    step = make_train_step(
+        objective,
+        optimizer,
+        schedule,
+        prepare_for_training(config, num_classes),
+        seed=config.seed,
+        accumulation=config.accumulation,
+        ema_decay=config.ema_decay,
+    )
+    eval_step = make_eval_step(objective, prepare_for_eval(config))
+    init = lambda: init_state(objective, optimizer, config.seed, bool(config.ema_decay))
+    state, everywhere = jax.eval_shape(init), sharding.replicated(mesh)
+    where = sharding.shardings(state, mesh)
+    seeing = lambda function: sharding.seeing(mesh, function)
+    return Learning(
+        objective=objective,
+        abstract_state=state,
+        shardings=where,
+        init=jax.jit(init, out_shardings=where),
+        train_step=jax.jit(seeing(step), donate_argnums=0, out_shardings=(where, everywhere)),
+        eval_step=jax.jit(seeing(eval_step), out_shardings=everywhere),
+    )
+
+
 def build_few_shot(
     config: ConfigDict, model: Model, source: Source, eval_source: Source, mesh: Mesh
 ) -> Callable[[Any], dict[str, float]]:
@@ -191,7 +261,7 @@ def build_few_shot(
 
     def features(params: Any, source: Any) -> probes.Features:
         batches = pipeline.eval_batches(
-            source, batch_size=config.eval_batch_size, **eval_pipeline(config)
+            source, batch_size=config.eval_batch_size, **eval_pipeline(config, mesh)
         )
         with contextlib.closing(batches):
             on_device = (sharding.put_batch(batch, mesh) for batch in batches)

@@ -31,6 +31,7 @@ from vit_jax import config as configuration
 from vit_jax import train as trainer
 from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
+from vit_jax.processes import StopSignal
 from vit_jax.training.reporting import Diverged
 
 # `config`: as given; `runs`: by name, what was tried and `metrics` or `failed`; `chosen`: a
@@ -279,7 +280,7 @@ def sweep(
     check_splits(config)
     record = read_record(config, workdir)
     write_record(record, workdir)
-    with trainer.StopSignal() as stop:
+    with StopSignal() as stop:
         for number, setting in enumerate(grid, 1):
             if setting.name in record["runs"]:
                 continue
@@ -307,7 +308,7 @@ def try_setting(
     setting: Setting,
     workdir: Path,
     overridden: Collection[str],
-    stop: trainer.StopSignal,
+    stop: StopSignal,
 ) -> dict[str, Any]:
     """Trains one point of the grid: its `metrics`, or why it `failed`."""
     try:
@@ -324,7 +325,7 @@ def train_final(
     record: Record,
     workdir: Path,
     overridden: Collection[str],
-    stop: trainer.StopSignal,
+    stop: StopSignal,
 ) -> None:
     """Trains with the chosen values on all data, and puts the test result on record.
 

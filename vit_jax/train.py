@@ -3,7 +3,7 @@
 Any field can be set on the command line, `--config.optimizer.lr=3e-4`; all are listed, with
 their meaning, in vit_jax/config.py. Running the same command again continues where the work
 directory stands: the end is bit for bit that of a run never stopped. SIGTERM and Ctrl-C save
-and exit with code 0.
+and exit with code 0. On several machines, start the same command on each (docs/running).
 
 The work directory holds `metrics.jsonl` (one JSON object a line), `tensorboard/`,
 `checkpoints/` (the last states), `best/` (the weights of the best evaluation) and
@@ -13,11 +13,9 @@ The work directory holds `metrics.jsonl` (one JSON object a line), `tensorboard/
 import contextlib
 import dataclasses
 import json
-import signal
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
-from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import vit_jax
-from vit_jax import cache, cli, experiment, trained
+from vit_jax import cache, cli, experiment, processes, trained
 from vit_jax import config as configuration
 from vit_jax.data import pipeline
 from vit_jax.data.sources import Source
@@ -34,13 +32,12 @@ from vit_jax.errors import UserError
 from vit_jax.interop.adapt import adapt
 from vit_jax.models.flops import train_flops
 from vit_jax.models.model import count_parameters
-from vit_jax.models.registry import ModelConfig
+from vit_jax.processes import StopSignal
 from vit_jax.trained import Trained
 from vit_jax.training import sharding
 from vit_jax.training.checkpoint import Card, Checkpoints, abstract
 from vit_jax.training.evaluate import evaluate
 from vit_jax.training.logging import MetricWriter
-from vit_jax.training.optimizer import make_optimizer
 from vit_jax.training.reporting import (
     Metrics,
     Profiler,
@@ -48,7 +45,7 @@ from vit_jax.training.reporting import (
     matmul_peak,
     parse_profile,
 )
-from vit_jax.training.step import TrainState, init_state, make_eval_step, make_train_step
+from vit_jax.training.step import TrainState
 
 # --- Plan: how long, how often ------------------------------------------------------------
 
@@ -82,31 +79,6 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
             f"{plan.eval_every}: make it one, for it is a part of the evaluation"
         )
     return plan
-
-
-# --- Stop: signals become a flag that the loop reads --------------------------------------
-
-
-class StopSignal:
-    """Within this context SIGTERM and Ctrl-C set `requested`; a second Ctrl-C interrupts."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def __enter__(self) -> "StopSignal":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
 
 # --- Resolve: what the weights to begin with decide ---------------------------------------
@@ -153,15 +125,11 @@ class Run(NamedTuple):
     """Everything about a run that does not change from step to step."""
 
     config: ConfigDict
-    model_config: ModelConfig
     mesh: jax.sharding.Mesh
     source: Source
     eval_source: Source
     plan: Plan
-    init: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    eval_step: Callable[[Any, Any, Any], Any]
-    score: Callable[[Metrics], float]
+    learning: experiment.Learning
     few_shot: Callable[[Any], Metrics]
     train_reading: dict[str, Any]
     eval_reading: dict[str, Any]
@@ -172,40 +140,25 @@ def build(config: ConfigDict) -> Run:
     """Opens the data and compiles nothing yet; every wrong field is found here."""
     parse_profile(config.profile)
     config = experiment.with_computation_chosen(config)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     source = experiment.open_source(config, config.data.train_split)
     eval_source = experiment.open_source(config, config.data.eval_split)
     num_classes = len(source.class_names)
     plan = make_plan(config, len(source))
-    objective = experiment.build_objective(config, num_classes)
-    schedule = experiment.build_schedule(config, len(source))
-    optimizer = make_optimizer(config.optimizer, schedule)
-    step = make_train_step(
-        objective,
-        optimizer,
-        schedule,
-        experiment.prepare_for_training(config, num_classes),
-        seed=config.seed,
-        accumulation=config.accumulation,
-        ema_decay=config.ema_decay,
-    )
-    eval_step = make_eval_step(objective, experiment.prepare_for_eval(config))
+    learning = experiment.build_learning(config, mesh, num_classes, len(source))
+    model = learning.objective.model
     return Run(
         config=config,
-        model_config=objective.model.config,
         mesh=mesh,
         source=source,
         eval_source=eval_source,
         plan=plan,
-        init=lambda: init_state(objective, optimizer, config.seed, bool(config.ema_decay)),
-        train_step=jax.jit(step, donate_argnums=0),  # the new state takes the old one's memory
-        eval_step=jax.jit(eval_step),
-        score=objective.score,
-        few_shot=experiment.build_few_shot(config, objective.model, source, eval_source, mesh),
-        train_reading=experiment.train_pipeline(config),
-        eval_reading=experiment.eval_pipeline(config),
+        learning=learning,
+        few_shot=experiment.build_few_shot(config, model, source, eval_source, mesh),
+        train_reading=experiment.train_pipeline(config, mesh),
+        eval_reading=experiment.eval_pipeline(config, mesh),
         card={
             "config": configuration.to_dict(config),
             "class_names": list(experiment.class_names(config, source.class_names)),
@@ -220,7 +173,7 @@ def build(config: ConfigDict) -> Run:
 def begin(
     run: Run, checkpoints: Checkpoints, workdir: Path, before: Trained | None = None
 ) -> TrainState:
-    """Returns the newest readable state, or a first one, on every device of the mesh.
+    """Returns the newest readable state, or a first one, divided over the mesh.
 
     `before` are the weights of `config.init_from`, if they are open already.
 
@@ -231,15 +184,16 @@ def begin(
     if stored := checkpoints.card():
         configuration.check_resumable(stored["config"], run.config, workdir)
         check_classes(stored["class_names"], run.card["class_names"], workdir)
-    everywhere = sharding.replicated(run.mesh)
-    state = checkpoints.restore(abstract(jax.eval_shape(run.init), everywhere))
+    state = checkpoints.restore(abstract(run.learning.abstract_state, run.learning.shardings))
     if state is None:
-        state = jax.jit(run.init, out_shardings=everywhere)()
+        # Each device makes its own part: nobody ever holds the whole.
+        state = run.learning.init()
         if run.config.init_from:
             before = before or trained.load_any(run.config.init_from, "last", None)
             state = take_over(state, run, before)
-    text = json.dumps(run.card["config"], indent=2)
-    (workdir / "config.json").write_text(text + "\n")
+    if processes.is_first():
+        text = json.dumps(run.card["config"], indent=2)
+        (workdir / "config.json").write_text(text + "\n")
     return state
 
 
@@ -260,15 +214,14 @@ def check_classes(stored: list[str], found: list[str], workdir: Path) -> None:
 
 def take_over(state: TrainState, run: Run, before: Trained) -> TrainState:
     """Puts the trained weights of `config.init_from` in place of the initial ones."""
-    config, everywhere = run.config, sharding.replicated(run.mesh)
-    old, new = before.model.config, run.model_config
-    params, notes = adapt(
-        before.params, old, state.params, new, config.init_resize or before.resize
-    )
-    print(f"begins with {config.init_from} ({before.family}); {'; '.join(notes)}")
-    for note in (*before.notes, *mismatches(config, before.config)):
-        print(f"note: {note}", file=sys.stderr)
-    params = jax.device_put(params, everywhere)
+    config, old, new = run.config, before.model.config, run.learning.objective.model.config
+    fresh = sharding.gather(state.params, run.mesh)
+    params, notes = adapt(before.params, old, fresh, new, config.init_resize or before.resize)
+    if processes.is_first():
+        print(f"begins with {config.init_from} ({before.family}); {'; '.join(notes)}")
+        for note in (*before.notes, *mismatches(config, before.config)):
+            print(f"note: {note}", file=sys.stderr)
+    params = sharding.put_params(params, run.mesh)
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
     return dataclasses.replace(state, params=params, ema=ema)
 
@@ -299,7 +252,7 @@ def evaluate_state(run: Run, state: TrainState, stop: StopSignal) -> Metrics | N
     )
     with contextlib.closing(batches):
         averages = evaluate(
-            lambda batch: run.eval_step(state.eval_params, state.extra, batch),
+            lambda batch: run.learning.eval_step(state.eval_params, state.extra, batch),
             (sharding.put_batch(batch, run.mesh) for batch in batches),
             lambda: stop.requested,
         )
@@ -339,7 +292,7 @@ def loop(
     """
     plan, first_step = run.plan, int(state.step)
     due = lambda step: plan.due(step, plan.log_every)
-    batch_size, cfg = run.config.batch_size, run.model_config
+    batch_size, cfg = run.config.batch_size, run.learning.objective.model.config
     # All devices of one processor share its cores.
     devices = jax.process_count() if jax.default_backend() == "cpu" else run.mesh.size
     peak = devices * matmul_peak(cfg.dtype)
@@ -347,7 +300,9 @@ def loop(
 
     def keep_if_best(step: int, metrics: Metrics) -> None:
         card = {**run.card, "metrics": metrics}
-        score = run.score({name.removeprefix("eval/"): x for name, x in metrics.items()})
+        score = run.learning.objective.score(
+            {name.removeprefix("eval/"): x for name, x in metrics.items()}
+        )
         checkpoints.save_if_best(step, state.eval_params, card, score)
 
     def evaluate_now(step: int) -> Metrics | None:
@@ -365,17 +320,18 @@ def loop(
         result = evaluate_now(first_step)
 
     batches = pipeline.train_batches(run.source, first_step=first_step, **run.train_reading)
-    profiler = Profiler(parse_profile(run.config.profile), workdir / "profile")
+    traced = parse_profile(run.config.profile) if processes.is_first() else None
+    profiler = Profiler(traced, workdir / "profile")
     with contextlib.closing(batches), contextlib.ExitStack() as stack:
         stack.callback(profiler.stop)
         for step in range(first_step + 1, plan.total + 1):
             with reporter.waiting():
                 batch = next(batches)
             profiler.before(step)
-            state, metrics = run.train_step(state, sharding.put_batch(batch, run.mesh))
+            state, metrics = run.learning.train_step(state, sharding.put_batch(batch, run.mesh))
             reporter.add(step, metrics)
             profiler.after(step, state)
-            if stop.requested or plan.due(step, plan.checkpoint_every):
+            if stop.reached(step) or plan.due(step, plan.checkpoint_every):
                 reporter.flush()
                 checkpoints.save(step, state, run.card)
             if plan.due(step, plan.eval_every) and not stop.requested:
@@ -442,7 +398,16 @@ def describe(run: Run, state: TrainState, workdir: Path) -> str:
         f"{len(run.eval_source):,} to evaluate\n"
         f"{plan.total:,} steps of {config.batch_size:,} on {run.mesh.size} "
         f"{run.mesh.devices.flat[0].device_kind} device(s), {begun}; everything in {workdir}"
+        f"{divided(run)}"
     )
+
+
+def divided(run: Run) -> str:
+    """How the state lives on the devices, where it is not whole on each."""
+    if run.mesh.shape["fsdp"] == run.mesh.shape["tensor"] == 1:
+        return ""
+    sizes = ", ".join(f"{axis} {size}" for axis, size in run.mesh.shape.items())
+    return f"\nmesh: {sizes}\n{sharding.table(run.learning.abstract_state, run.mesh)}"
 
 
 # --- The door -----------------------------------------------------------------------------
@@ -451,6 +416,7 @@ def describe(run: Run, state: TrainState, workdir: Path) -> str:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Configuration: FILE.py[:ARGUMENT].")
     flags.DEFINE_string("workdir", None, "Where results go; what is there is continued.")
+    processes.define_flags()
 
 
 def from_flags() -> tuple[ConfigDict, Path, list[str]]:
@@ -474,9 +440,10 @@ def from_flags() -> tuple[ConfigDict, Path, list[str]]:
 def main(positional: list[str]) -> None:
     cli.no_positional(positional)
     arguments = from_flags()
-    cache.keep_compiled_programs()
-    result = train(*arguments)
-    if result:
+    with processes.together():
+        cache.keep_compiled_programs()
+        result = train(*arguments)
+    if result and processes.is_first():
         name = "accuracy" if "eval/accuracy" in result else "loss"
         print(f"{name} {result[f'eval/{name}']:.4f} of {result['eval/count']} examples")
 

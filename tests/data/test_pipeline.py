@@ -102,14 +102,12 @@ def test_workers_do_not_matter(noise, reference, workers):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_share_the_batches_of_one(noise, reference, processes):
-    parts = [
-        train(noise, 7, process_index=i, process_count=processes) for i in range(processes)
-    ]
+    parts = [train(noise, 7, parts=(i,), part_count=processes) for i in range(processes)]
     assert_same(joined(parts), reference)
 
 
 def test_workers_and_processes_together_do_not_matter(noise, reference):
-    parts = [train(noise, 7, process_index=i, process_count=2, workers=2) for i in range(2)]
+    parts = [train(noise, 7, parts=(i,), part_count=2, workers=2) for i in range(2)]
     assert_same(joined(parts), reference)
 
 
@@ -120,8 +118,7 @@ def test_resuming_is_exact(noise, reference, first_step):
 
 def test_resuming_with_other_workers_and_processes_is_exact(noise, reference):
     parts = [
-        train(noise, 3, first_step=4, process_index=i, process_count=2, workers=i)
-        for i in range(2)
+        train(noise, 3, first_step=4, parts=(i,), part_count=2, workers=i) for i in range(2)
     ]
     assert_same(joined(parts), reference[4:])
 
@@ -218,15 +215,12 @@ def test_copies_are_the_same_after_a_resume_with_any_workers(noise, repeated, op
 
 
 def test_two_processes_share_the_copies_with_any_workers(noise, repeated):
-    parts = [
-        train(noise, 5, repeats=3, process_index=i, process_count=2, workers=i)
-        for i in range(2)
-    ]
+    parts = [train(noise, 5, repeats=3, parts=(i,), part_count=2, workers=i) for i in range(2)]
     assert_same(joined(parts), repeated)
 
 
 def test_four_processes_share_the_copies(noise, repeated):
-    parts = [train(noise, 5, repeats=3, process_index=i, process_count=4) for i in range(4)]
+    parts = [train(noise, 5, repeats=3, parts=(i,), part_count=4) for i in range(4)]
     assert_same(joined(parts), repeated)
 
 
@@ -243,9 +237,7 @@ def test_repeats_below_one_are_explained(noise, repeats):
 @pytest.mark.parametrize("n", [1, 7, 8, 9, 16, 37])
 def test_evaluation_counts_every_example_once(n, processes):
     source = Numbers(n)
-    parts = [
-        evaluate(source, process_index=i, process_count=processes) for i in range(processes)
-    ]
+    parts = [evaluate(source, parts=(i,), part_count=processes) for i in range(processes)]
     assert {len(part) for part in parts} == {-(-n // 8)}
     assert {b["image"].shape for part in parts for b in part} == {(8 // processes, 1, 1, 1)}
     whole = {
@@ -317,7 +309,7 @@ def test_labels_out_of_range_are_named(label):
 @pytest.mark.parametrize("run", [lambda s, **o: train(s, 1, **o), evaluate])
 def test_sizes_that_do_not_fit_are_explained(run):
     with pytest.raises(UserError, match="batch size 8 cannot be shared equally by 3 process"):
-        run(Numbers(5), process_count=3)
+        run(Numbers(5), part_count=3)
     with pytest.raises(UserError, match="batch size 0 cannot"):
         run(Numbers(5), batch_size=0)
     with pytest.raises(UserError, match="the data source holds no examples"):
@@ -445,7 +437,7 @@ def test_bad_images_are_left_out_the_same_way_by_any_number_of_workers(
     assert all(f"bad{i}.jpg" in told for i in range(4))
     assert_same(train(salted_folder, 9, max_bad=0.2, **options), expected)
     parts = [
-        train(salted_folder, 9, max_bad=0.2, process_index=i, process_count=2, **options)
+        train(salted_folder, 9, max_bad=0.2, parts=(i,), part_count=2, **options)
         for i in range(2)
     ]
     assert_same(joined(parts), expected)

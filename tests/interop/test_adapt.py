@@ -110,7 +110,7 @@ def test_fine_tuning_begins_where_pre_training_ended(tmp_path, capsys):
     assert first["train/loss"] == pytest.approx(np.log(10), rel=1e-5)  # the head is zero
 
     run = trainer.build(config)
-    state = jax.jit(run.init)()
+    state = run.learning.init()
     before = trained.load_any(config.init_from, "last", run.mesh)
     begun = trainer.take_over(state, run, before)
     for tree in (begun.params, begun.ema):

@@ -49,7 +49,7 @@ def fresh(goal, ema=False):
 
 def curve(devices=1, steps=6, accumulation=1, **fields):
     """Losses and final parameters (layers unstacked) of a few steps on so many devices."""
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     goal = objective(**fields)
     everywhere = sharding.replicated(mesh)
     init = jax.jit(lambda: init_state(goal, OPTIMIZER, 0, False), out_shardings=everywhere)

@@ -70,8 +70,8 @@ def train_batches(
     seed: int,
     repeats: int = 1,
     first_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    parts: Sequence[int] = (0,),
+    part_count: int = 1,
     workers: int = 0,
     threads: int = 16,
     prefetch: int = 2,
@@ -79,11 +79,13 @@ def train_batches(
 ) -> Batches:
     """This process's share of the endless batches from step `first_step` on.
 
-    Yields `image` uint8 (b, H, W, C) and `label` int32 (b,), with b = batch_size /
-    process_count; joined in order of processes, they are what one process would get. Every
-    epoch is shuffled anew, and batches run across the borders of epochs. `prefetch` batches
-    are made ahead, by `threads` threads or, if there are any, by `workers` processes. Of the
-    examples the share `max_bad` may be bad images, for which others stand in.
+    Every batch consists of `part_count` equal parts, of which this process reads `parts`, one
+    after the other: put in their places, they are what one process would get.
+
+    Yields `image` uint8 (b, H, W, C) and `label` int32 (b,), with b examples in these parts.
+    Every epoch is shuffled anew, and batches run across the borders of epochs. `prefetch`
+    batches are made ahead, by `threads` threads or, if there are any, by `workers` processes.
+    Of the examples the share `max_bad` may be bad images, for which others stand in.
 
     With `repeats` R every image comes R times in a row, each time augmented anew (repeated
     augmentation, arXiv 1902.05509, as DeiT has it, arXiv 2012.12877). A batch puts the copies
@@ -99,7 +101,7 @@ def train_batches(
     """
     import grain
 
-    share = _Share(batch_size, process_index, process_count, first_step, repeats)
+    share = _Share(batch_size, tuple(parts), part_count, first_step, repeats)
     _check(source, share)
     if repeats < 1:
         raise UserError(
@@ -127,8 +129,8 @@ def eval_batches(
     transform: Transform,
     channels: int,
     batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    parts: Sequence[int] = (0,),
+    part_count: int = 1,
     workers: int = 0,
     threads: int = 16,
     prefetch: int = 2,
@@ -142,7 +144,7 @@ def eval_batches(
     """
     import grain
 
-    share = _Share(batch_size, process_index, process_count)
+    share = _Share(batch_size, tuple(parts), part_count)
     _check(source, share)
     prepare = _Prepare(transform, channels, len(source.class_names))
     bad = BadImages(source, int(max_bad * len(source)))
@@ -217,10 +219,10 @@ def _mark_flags_as_parsed() -> None:
 
 
 def _check(source: Source, share: "_Share") -> None:
-    if share.batch_size < 1 or share.batch_size % share.process_count:
+    if share.batch_size < 1 or share.batch_size % share.part_count:
         raise UserError(
-            f"batch size {share.batch_size} cannot be shared equally by "
-            f"{share.process_count} process(es); make it a multiple of that."
+            f"batch size {share.batch_size} cannot be divided into "
+            f"{share.part_count} equal part(s); make it a multiple of that."
         )
     if len(source) == 0:
         raise UserError("the data source holds no examples; choose another source or split.")
@@ -231,14 +233,18 @@ class _Share:
     """Which rows of every global batch are this process's."""
 
     batch_size: int
-    process_index: int
-    process_count: int
+    parts: tuple[int, ...]
+    part_count: int
     first_step: int = 0
     repeats: int = 1
 
     @property
     def size(self) -> int:
-        return self.batch_size // self.process_count
+        return len(self.parts) * self.part_size
+
+    @property
+    def part_size(self) -> int:
+        return self.batch_size // self.part_count
 
     def position(self, i: int) -> int:
         """Where this process's i-th example stands among all examples of all batches.
@@ -247,7 +253,8 @@ class _Share:
         the first copy of theirs, then all second ones, and so on.
         """
         step, row = divmod(i, self.size)
-        row += self.process_index * self.size
+        part, row = divmod(row, self.part_size)
+        row += self.parts[part] * self.part_size
         start = (self.first_step + step) * self.batch_size
         for copy in range(self.repeats):
             first = start + (copy - start) % self.repeats

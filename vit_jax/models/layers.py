@@ -16,10 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 from vit_jax.errors import UserError
 
 Initializer = Callable[..., jax.Array]
+
+BATCH_AXES = ("data", "fsdp")  # axes of the mesh over which examples are divided
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "full": None,  # keep only each block's input
@@ -32,6 +35,16 @@ ATTENTION_KERNELS = (
     "xla",  # plain matrix products
     "cudnn",  # NVIDIA's fused kernel, or an error
 )
+
+
+def split_by_example(x: jax.Array) -> jax.Array:
+    """Pins (B, ...) activations to be divided by examples and by nothing else.
+
+    Only while a function is traced that sees a mesh (`training/sharding.py`); else `x` itself.
+    """
+    if not set(BATCH_AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
+        return x
+    return lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:

@@ -28,6 +28,7 @@ from vit_jax.models.layers import (
     StochasticDepth,
     layer_norm,
     patchify,
+    split_by_example,
 )
 from vit_jax.models.model import EditPatches, Model, Out, Params
 
@@ -112,10 +113,10 @@ class MixerBlock(nn.Module):
         y = layer_norm(cfg.layer_norm_eps, "LayerNorm_0")(x).swapaxes(1, 2)  # (B, D, N)
         y = mlp(cfg.tokens_mlp_dim, "token_mixing")(y).swapaxes(1, 2)
         out["token_mixing"] = y
-        x = x + branch(y)
+        x = split_by_example(x + branch(y))
         y = layer_norm(cfg.layer_norm_eps, "LayerNorm_1")(x)
         out["channel_mixing"] = y = mlp(cfg.mlp_dim, "channel_mixing")(y)
-        out["output"] = x = x + branch(y)
+        out["output"] = x = split_by_example(x + branch(y))
         return x, out
 
 

@@ -30,7 +30,7 @@ from jax import lax
 
 from vit_jax.errors import UserError
 from vit_jax.models.checks import check_choices, check_positive
-from vit_jax.models.layers import REMAT_POLICIES, Dense
+from vit_jax.models.layers import REMAT_POLICIES, Dense, split_by_example
 from vit_jax.models.model import EditPatches, Model, Out, Params
 
 
@@ -132,7 +132,7 @@ class ResNetStage(nn.Module):
             unit = nn.remat(unit, policy=REMAT_POLICIES[self.remat])
         for u in range(self.size):
             stride = self.stride if u == 0 else 1
-            x = unit(self.width, stride, self.dtype, name=f"unit{u + 1}")(x)
+            x = split_by_example(unit(self.width, stride, self.dtype, name=f"unit{u + 1}")(x))
         return x
 
 

@@ -31,6 +31,7 @@ from vit_jax.models.layers import (
     attend,
     layer_norm,
     patchify,
+    split_by_example,
 )
 from vit_jax.models.model import EditPatches, Model, Out, Params
 from vit_jax.models.positions import PositionEmbedding, RelativeBias
@@ -123,9 +124,9 @@ class EncoderBlock(nn.Module):
         if self.return_attention:
             out["attention"] = weights()
         out["msa"] = y = nn.Dropout(cfg.dropout, deterministic=not self.train)(y)
-        z = z + branch(y, 0)
+        z = split_by_example(z + branch(y, 0))
         out["mlp"] = y = MlpBlock(cfg, self.train, name="MlpBlock_0")(norm(1)(z))
-        out["output"] = z = z + branch(y, 1)
+        out["output"] = z = split_by_example(z + branch(y, 1))
         return z, out
 
 
@@ -149,7 +150,8 @@ class Encoder(nn.Module):
             registers = jnp.broadcast_to(registers, (z.shape[0], *registers.shape[1:]))
             before = cfg.positioned_prefix  # after the class token, before the patches
             z = jnp.concatenate([z[:, :before], registers, z[:, before:]], axis=1)
-        out["embedded"] = z = nn.Dropout(cfg.dropout, deterministic=not self.train)(z)
+        z = split_by_example(nn.Dropout(cfg.dropout, deterministic=not self.train)(z))
+        out["embedded"] = z
         z, blocks = self.blocks(z, shared)
         for i, block in enumerate(blocks):
             out |= {f"encoderblock_{i}/{name}": value for name, value in block.items()}

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from vit_jax.errors import UserError
 
@@ -21,23 +23,28 @@ Card = dict[str, Any]
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
-    """For the one process that trains: it also clears away what a crash left half written."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return _with_handlers(directory, options)
+    """For the one run that trains: it also clears away what a crash left half written."""
+    return _with_handlers(directory, max_to_keep=keep, cleanup_tmp_directories=True)
 
 
 def _reader(directory: Path) -> ocp.CheckpointManager:
     """For everybody else, perhaps while training goes on: it changes nothing on disk."""
     # Orbax's own `read_only` does the same, with six warnings about it.
-    options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
-    return _with_handlers(directory, options)
+    return _with_handlers(directory, create=False, save_root_metadata=False)
 
 
-def _with_handlers(
-    directory: Path, options: ocp.CheckpointManagerOptions
-) -> ocp.CheckpointManager:
-    handlers = {"state": ocp.PyTreeCheckpointHandler(), "card": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(directory.absolute(), options=options, item_handlers=handlers)
+def _with_handlers(directory: Path, **options: Any) -> ocp.CheckpointManager:
+    # Processes meet by name: two managers that save at once must not use the same names.
+    names = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name)
+    handlers = {
+        "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=names),
+        "card": ocp.JsonCheckpointHandler(multiprocessing_options=names),
+    }
+    return ocp.CheckpointManager(
+        directory.absolute(),
+        options=ocp.CheckpointManagerOptions(multiprocessing_options=names, **options),
+        item_handlers=handlers,
+    )
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, target: Any) -> Any:
@@ -52,6 +59,13 @@ def _restore(manager: ocp.CheckpointManager, step: int, target: Any) -> Any:
 
 def _read_card(manager: ocp.CheckpointManager, step: int) -> Card:
     return manager.restore(step, args=ocp.args.Composite(card=ocp.args.JsonRestore()))["card"]
+
+
+def _everywhere(good: bool) -> bool:
+    """Whether `good` holds in every process; each must ask."""
+    if jax.process_count() == 1:
+        return good
+    return bool(np.all(multihost_utils.process_allgather(np.array(good))))
 
 
 class Checkpoints:
@@ -84,10 +98,14 @@ class Checkpoints:
         """
         steps = sorted(self._last.all_steps(), reverse=True)
         for step in steps:
+            error, state = None, None
             try:
-                return _restore(self._last, step, target)
-            except Exception as error:  # whatever a damaged file makes the reader raise
-                self._set_aside(step, error)
+                state = _restore(self._last, step, target)
+            except Exception as failure:  # whatever a damaged file makes the reader raise
+                error = failure
+            if _everywhere(error is None):
+                return state
+            self._set_aside(step, error)
         if steps:
             raise UserError(
                 f"none of the checkpoints {steps} in {self.workdir} could be read: they were "
@@ -95,7 +113,13 @@ class Checkpoints:
             )
         return None
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _set_aside(self, step: int, error: Exception | None) -> None:
+        if jax.process_index() == 0:
+            self._move_away(step, error or RuntimeError("another process could not read it"))
+        _everywhere(True)  # when process 0 has moved it
+        self._last.reload()
+
+    def _move_away(self, step: int, error: Exception) -> None:
         source = self.workdir / "checkpoints" / str(step)
         shelf = self.workdir / "unreadable"
         shelf.mkdir(exist_ok=True)
@@ -108,7 +132,6 @@ class Checkpoints:
             file=sys.stderr,
         )
         source.rename(target)
-        self._last.reload()
 
     def save(self, step: int, state: Any, card: Card) -> None:
         """Starts writing; returns as soon as `state` may be changed again."""
@@ -203,7 +226,9 @@ def _unreadable(workdir: Path, step: int, error: Exception) -> UserError:
     )
 
 
-def abstract(tree: Any, sharding: jax.sharding.Sharding) -> Any:
-    """Shapes and dtypes of `tree`, to be restored with `sharding`."""
-    describe = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.tree.map(describe, tree)
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of `tree`, to be restored with one sharding or a tree of them."""
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    describe = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(describe, tree, shardings)

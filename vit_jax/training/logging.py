@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 
@@ -23,7 +25,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class MetricWriter:
-    """Writes scalars to a work directory; only process 0 should have one.
+    """Writes scalars to a work directory; all but process 0 only read what is there.
 
     Resuming at `first_step` drops what an interrupted run reported for later steps, so that
     each step stands in the file once.
@@ -39,6 +41,11 @@ class MetricWriter:
 
         path = workdir / "metrics.jsonl"
         self.records = [r for r in read_metrics(path) if r["step"] <= first_step]
+        self._silent = jax.process_index() > 0
+        if jax.process_count() > 1:  # nobody shall read what is being rewritten
+            multihost_utils.sync_global_devices("metrics are read")
+        if self._silent:
+            return
         temporary = path.with_suffix(".jsonl.tmp")
         temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
         os.replace(temporary, path)
@@ -61,6 +68,8 @@ class MetricWriter:
         """Appends one record; it is on disk when this returns."""
         record = {"step": step, **scalars}
         self.records.append(record)
+        if self._silent:
+            return
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
         for name, value in scalars.items():
@@ -69,16 +78,20 @@ class MetricWriter:
 
     def say(self, message: str) -> None:
         """Prints a line without breaking the progress bar."""
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+        if not self._silent:
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
 
     def progress(self, step: int) -> None:
-        self._bar.update(step - self._bar.n)
+        if not self._silent:
+            self._bar.update(step - self._bar.n)
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if self._silent:
+            return
         self._bar.close()
         self._board.close()
         self._file.close()

@@ -1,0 +1,264 @@
+"""Several real processes on one machine, joined by gloo, are one run."""
+
+import contextlib
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from tests.test_train import TINY, assert_same_run, final_state, metrics
+from tests.tiny_config import LONG
+from vit_jax import processes
+from vit_jax.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+BOUND = 30  # seconds within which the others must have ended
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+def start(workdir, count, *flags, devices=1, of=None):
+    """The processes of one run; with `of`, only so many of them are started."""
+    environment = dict(
+        os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}"
+    )
+    command = [sys.executable, "-m", "vit_jax.train", f"--config={TINY}"]
+    command += [f"--workdir={workdir}", *flags]
+    if (of or count) > 1:
+        command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={of or count}"]
+    started = []
+    for i in range(count):
+        own = [f"--process_id={i}"] if (of or count) > 1 else []
+        started.append(
+            subprocess.Popen(
+                [*command, *own], cwd=ROOT, env=environment, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+    return started
+
+
+def finish(started, timeout=240):
+    """`(exit code, stdout, stderr)` of each; nobody is left behind."""
+    try:
+        ended = []
+        for process in started:
+            out, error = process.communicate(timeout=timeout)
+            ended.append((process.returncode, out, error))
+        return ended
+    finally:
+        for process in started:
+            process.kill()
+
+
+def run(workdir, count, *flags, devices=1):
+    ended = finish(start(workdir, count, *flags, devices=devices))
+    assert [code for code, _, _ in ended] == [0] * count, ended
+    return ended
+
+
+def wait_for_step(workdir, step, started):
+    while len(read := metrics(workdir)) < step and all(p.poll() is None for p in started):
+        time.sleep(0.02)
+    return len(read)
+
+
+def assert_close_run(workdir, reference):
+    """The same but for rounding: sums are made in another order."""
+    for found, expected in zip(metrics(workdir), metrics(reference), strict=True):
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            assert found[name] == pytest.approx(value, rel=2e-4, abs=2e-5), (name, expected)
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-3)
+    found, expected = final_state(workdir), final_state(reference)
+    jax.tree.map(close, found.ema, expected.ema)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """An undisturbed run of two processes with two devices each."""
+    workdir = tmp_path_factory.mktemp("two")
+    ended = run(workdir, 2, devices=2)
+    return workdir, ended
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """The same in one process with four devices."""
+    workdir = tmp_path_factory.mktemp("one")
+    run(workdir, 1, devices=4)
+    return workdir
+
+
+def test_two_processes_give_what_one_gives(one, two):
+    workdir, ended = two
+    assert_close_run(workdir, one)
+    assert ended[0][1].count(" of 360 examples") == 1
+    assert "step 80/80" in ended[0][1]
+    assert "80 steps of 32 on 4 cpu device(s), from the beginning" in ended[0][1]
+    assert not any(word in ended[1][1] for word in ("step", "accuracy", "model"))
+
+
+@pytest.mark.slow
+def test_four_processes_give_what_one_gives(one, tmp_path):
+    run(tmp_path, 4)
+    assert_close_run(tmp_path, one)
+
+
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 10))]
+)
+def test_when_one_is_killed_the_others_end_and_the_restart_resumes(two, tmp_path, seed):
+    rng = random.Random(seed)
+    started = start(tmp_path, 2, devices=2)
+    wait_for_step(tmp_path, rng.randint(1, LONG - 20), started)
+    time.sleep(rng.random() / 5)
+    dead = rng.randrange(2)
+    killed = time.monotonic()
+    started[dead].kill()
+    ended = finish(started, timeout=BOUND)
+    assert time.monotonic() - killed < BOUND
+    code, _, error = ended[1 - dead]
+    assert ended[dead][0] == -signal.SIGKILL
+    # JAX itself aborts at once when it is process 0 that died, where its service was.
+    assert code == 1 or (dead == 0 and code == -signal.SIGABRT)
+    assert f"process {dead} on " in error or (dead == 0 and "leader" in error), error
+    ended = run(tmp_path, 2, devices=2)
+    assert "resumed at step" in ended[0][1] or "from the beginning" in ended[0][1]
+    assert_same_run(tmp_path, two[0])
+
+
+def test_a_notice_to_one_saves_everywhere_at_one_step_and_other_meshes_go_on(one, tmp_path):
+    """Begun by 4 processes with 2 devices each and fsdp, finished by one on one device."""
+    started = start(tmp_path, 4, "--config.mesh.fsdp=4", devices=2)
+    seen = wait_for_step(tmp_path, 20, started)
+    started[2].send_signal(signal.SIGTERM)
+    ended = finish(started)
+    assert [code for code, _, _ in ended] == [0] * 4, ended
+    assert "mesh: data 2, fsdp 4, tensor 1" in ended[0][1]
+    assert "stopped by a signal, state saved" in ended[0][1]
+    saved = max(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert seen <= saved < LONG
+    assert metrics(tmp_path)[-1]["step"] == saved
+    ended = run(tmp_path, 1)
+    assert f"resumed at step {saved}" in ended[0][1]
+    assert_close_run(tmp_path, one)
+
+
+@pytest.mark.slow
+def test_from_one_device_to_four_processes(one, tmp_path):
+    started = start(tmp_path, 1)
+    wait_for_step(tmp_path, 20, started)
+    started[0].send_signal(signal.SIGTERM)
+    assert finish(started)[0][0] == 0
+    ended = run(tmp_path, 4, "--config.mesh.fsdp=4", devices=2)
+    assert "resumed at step" in ended[0][1]
+    assert_close_run(tmp_path, one)
+
+
+# --- Bad news -----------------------------------------------------------------------------
+
+
+def test_nobody_waits_for_ever_for_the_others_to_start(tmp_path):
+    [(code, _, error)] = finish(start(tmp_path, 1, "--process_timeout=3", of=2), timeout=60)
+    assert code == 1
+    assert "process 0 waited 3 s for all of 2 processes at localhost:" in error
+    assert "Traceback" not in error
+
+
+def test_a_mistake_of_all_is_one_sentence_each(tmp_path):
+    flags = ["--config.mesh.fsdp=3"]
+    for i, (code, _, error) in enumerate(finish(start(tmp_path, 2, *flags), timeout=90)):
+        assert code == 1
+        assert "Traceback" not in error
+        assert f"error: process {i}: config.mesh is data=-1, fsdp=3" in error or (
+            f"process {1 - i} on " in error
+        )
+
+
+def test_flags_that_make_no_sense(tmp_path):
+    from absl import flags
+
+    processes.define_flags()
+    try:
+        cases = {
+            ("--coordinator=localhost:1",): "2 of them are missing",
+            ("--coordinator=here", "--num_processes=2", "--process_id=0"): "HOST:PORT",
+            ("--coordinator=a:1", "--num_processes=2", "--process_id=2"): "from 0 to 1",
+        }
+        for arguments, message in cases.items():
+            flags.FLAGS(["test", *arguments])
+            with pytest.raises(UserError, match=message):
+                processes.place_from_flags()
+            flags.FLAGS.unparse_flags()
+            for name in ("coordinator", "num_processes", "process_id"):
+                flags.FLAGS[name].unparse()
+    finally:
+        for name in ("coordinator", "num_processes", "process_id", "process_timeout"):
+            delattr(flags.FLAGS, name)
+
+
+@pytest.mark.parametrize(
+    ("variables", "together"),
+    [
+        ({}, False),
+        ({"SLURM_STEP_NODELIST": "n[1-2]", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_NODELIST": "n1", "SLURM_NTASKS": "1"}, False),
+        ({"SLURM_NTASKS": "8"}, False),  # within sbatch or salloc, not within srun
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+    ],
+    ids=str,
+)
+def test_launchers_are_recognised(monkeypatch, variables, together):
+    for name in ("SLURM_STEP_NODELIST", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert processes.launched_together() == together
+
+
+def test_chips_without_their_library_are_no_tpu_vm(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "")
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(Path, "glob", lambda self, pattern: iter([self / "accel0"]))
+    assert processes.on_tpu_vm()
+    monkeypatch.setattr(processes.importlib.util, "find_spec", lambda name: None)
+    assert not processes.on_tpu_vm()
+
+
+def test_two_processes_are_one_run_under_the_launcher_of_open_mpi(tmp_path):
+    """What `mpirun` sets for each process is all that they need."""
+    environment = dict(os.environ, XLA_FLAGS="", OMPI_COMM_WORLD_SIZE="2")
+    environment["OMPI_MCA_orte_hnp_uri"] = "1531576320.0;tcp://127.0.0.1:40000"
+    code = (
+        "import sys; from absl import flags; from vit_jax import processes\n"
+        "processes.define_flags(); flags.FLAGS(sys.argv)\n"
+        "import jax\n"
+        "with processes.together(): print(jax.process_index(), jax.process_count())"
+    )
+    with contextlib.ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", code], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                    env={**environment, "OMPI_COMM_WORLD_RANK": str(i),
+                         "OMPI_COMM_WORLD_LOCAL_RANK": str(i)},
+                )
+            )
+            for i in range(2)
+        ]  # fmt: skip
+        ended = [process.communicate(timeout=90)[0] for process in started]
+    assert ended == ["0 2\n", "1 2\n"]
