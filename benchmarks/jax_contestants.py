@@ -12,6 +12,7 @@ import optax
 from benchmarks.task import Task, product_size
 from vit_jax import config as configuration
 from vit_jax.models import vit
+from vit_jax.models.layers import store_in
 from vit_jax.models.model import Model
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives.classification import Classification
@@ -83,15 +84,6 @@ def build(builder: str, options: dict[str, Any], task: Task) -> Model:
     return BUILDERS[builder](cfg)
 
 
-def half_kernels(params: Any) -> Any:
-    """Kernels stored in bfloat16, so that no call needs to cast them."""
-
-    def convert(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(jnp.bfloat16) if path[-1].key == "kernel" else leaf
-
-    return jax.tree_util.tree_map_with_path(convert, params)
-
-
 class Laps:
     """Seconds between one call and the next, by name."""
 
@@ -117,9 +109,9 @@ def compile_program(function: Any, laps: Laps, *args: Any) -> Any:
 
 def inference(builder: str, options: dict[str, Any], task: Task) -> tuple[Run, Facts]:
     laps, options = Laps(), dict(options)
-    convert = half_kernels if options.pop("half_kernels", False) else lambda params: params
+    stored = "bfloat16" if options.pop("half_kernels", False) else "float32"
     model = build(builder, options, task)
-    params = jax.jit(lambda key: convert(model.init(key)))(jax.random.key(0))
+    params = jax.jit(lambda key: store_in(stored, model.init(key)))(jax.random.key(0))
     images = jax.device_put(task.example()[0])
     jax.block_until_ready((params, images))
     laps.end("init")

@@ -120,7 +120,9 @@ def define_flags() -> None:
     trained.define_flags()
     flags.adopt_module_key_flags(trained)  # so that --help shows them
     flags.DEFINE_string("output", None, f"File to write, ending in {', '.join(FORMATS)}.")
-    flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices.")
+    flags.DEFINE_integer(
+        "batch_size", None, "Images at a time, over all devices; the fastest unless given."
+    )
 
 
 def main(positional: list[str]) -> None:
@@ -131,7 +133,7 @@ def main(positional: list[str]) -> None:
     cache.keep_compiled_programs()
     mesh = sharding.make_mesh()
     paths = inference.find_images(positional)
-    batch_size = inference.default_batch_size(given.batch_size, len(paths), mesh)
+    batch_size = inference.check_batch_size(given.batch_size, mesh)
     model = trained.from_flags(mesh)
     failures: list[Unreadable] = []
     config = model.model.config

@@ -29,7 +29,7 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    model: trained.Trained, paths: list[str], topk: int, batch_size: int, mesh: Any
+    model: trained.Trained, paths: list[str], topk: int, batch_size: int | None, mesh: Any
 ) -> Iterator[Prediction | Unreadable]:
     """Yields one result for each path, in order.
 
@@ -56,7 +56,9 @@ def define_flags() -> None:
     flags.adopt_module_key_flags(trained)  # so that --help shows them
     flags.DEFINE_integer("topk", 5, "How many classes to show.", lower_bound=1)
     flags.DEFINE_string("output", None, "Also write the predictions to this JSONL file.")
-    flags.DEFINE_integer("batch_size", None, "Images at a time, over all devices.")
+    flags.DEFINE_integer(
+        "batch_size", None, "Images at a time, over all devices; the fastest unless given."
+    )
 
 
 def main(positional: list[str]) -> None:
@@ -66,7 +68,7 @@ def main(positional: list[str]) -> None:
     cache.keep_compiled_programs()
     mesh = sharding.make_mesh()
     paths = inference.find_images(positional)
-    batch_size = inference.default_batch_size(given.batch_size, len(paths), mesh)
+    batch_size = inference.check_batch_size(given.batch_size, mesh)
     model = trained.from_flags(mesh)
     failures = 0
     with contextlib.ExitStack() as stack:

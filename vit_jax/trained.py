@@ -18,6 +18,7 @@ from vit_jax.errors import UserError
 from vit_jax.interop import download
 from vit_jax.interop.load import Imported, load_weights
 from vit_jax.models import registry
+from vit_jax.models.layers import store_in
 from vit_jax.models.model import Model, Params
 from vit_jax.objectives import masked_patches
 from vit_jax.training import sharding
@@ -55,6 +56,10 @@ def define_flags() -> None:
         "checkpoint", None, "Instead: a file or folder of weights, or a name like augreg:B_16."
     )
     flags.DEFINE_string("step", "last", "Of a work directory: last, best or a step number.")
+    flags.DEFINE_enum(
+        "dtype", None, ["float32", "bfloat16"],
+        "Operands of matrix products; as trained unless given, float32 for published weights.",
+    )  # fmt: skip
 
 
 def from_flags(mesh: Mesh) -> Trained:
@@ -67,11 +72,26 @@ def from_flags(mesh: Mesh) -> Trained:
     if bool(given.workdir) == bool(given.checkpoint):
         raise UserError("pass one of --workdir and --checkpoint: see --help")
     if given.workdir:
-        return load(Path(given.workdir), given.step, mesh)
-    model = load_any(given.checkpoint, given.step, mesh)
-    for note in model.notes:
-        print(f"note: {note}", file=sys.stderr)
-    return model
+        model = load(Path(given.workdir), given.step, mesh)
+    else:
+        model = load_any(given.checkpoint, given.step, mesh)
+        for note in model.notes:
+            print(f"note: {note}", file=sys.stderr)
+    return for_inference(model, given.dtype)
+
+
+def for_inference(model: Trained, dtype: str | None = None) -> Trained:
+    """The same model, computing in `dtype`, its kernels stored in that once and for all.
+
+    Args:
+      model: as it was opened.
+      dtype: `float32` or `bfloat16`; None: as it was trained.
+    """
+    config = model.config.copy_and_resolve_references()
+    config.model.dtype = dtype or config.model.dtype
+    network = experiment.build_model(config, len(model.class_names))
+    params = store_in(config.model.dtype, model.params)
+    return model._replace(config=config, model=network, params=params)
 
 
 def load(workdir: Path, which: str, mesh: Mesh) -> Trained:

@@ -124,6 +124,21 @@ class Dense(nn.Module):
         return y + self.param("bias", self.bias_init, self.out_shape) if self.use_bias else y
 
 
+def store_in(dtype: str, params: Any) -> Any:
+    """Parameters with the kernels of `Dense` layers in `dtype`, the rest as it is.
+
+    For inference: what a product would cast in every call is cast once, to the same result.
+    Kernels of convolutions stay, for they are standardised in float32 first.
+    """
+
+    def convert(path: Any, leaf: jax.Array) -> jax.Array:
+        layer, name = (getattr(key, "key", "") for key in path[-2:])
+        dense = name == "kernel" and not layer.startswith("conv")
+        return leaf.astype(dtype) if dense else leaf
+
+    return jax.tree_util.tree_map_with_path(convert, params)
+
+
 def layer_norm(eps: float, name: str) -> nn.LayerNorm:
     """LayerNorm over the width, always in float32.
 
