@@ -132,7 +132,7 @@ def store_in(dtype: str, params: Any) -> Any:
     """
 
     def convert(path: Any, leaf: jax.Array) -> jax.Array:
-        layer, name = (getattr(key, "key", "") for key in path[-2:])
+        *_, layer, name = "", *(key.key for key in path)
         dense = name == "kernel" and not layer.startswith("conv")
         return leaf.astype(dtype) if dense else leaf
 
