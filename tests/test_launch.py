@@ -14,6 +14,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from benchmarks import peers
 from vit_jax import config as configuration
 
 ROOT = Path(__file__).parent.parent
@@ -104,6 +105,19 @@ def test_the_sentences_that_scripts_look_for_are_what_training_says():
     assert re.search(r"print\(f\"\{name\} \{.*\} of \{.*\} examples\"\)", code)
     assert " has died, so " in (ROOT / "vit_jax/processes.py").read_text()
     assert " has died, so " in (LAUNCH / "tpu_host.sh").read_text()
+
+
+# --- cpu.sh -------------------------------------------------------------------------------
+
+
+def test_cpu_sh_sets_what_the_benchmark_calls_memory_kept(machine):
+    names = [*peers.KEEP_MEMORY, "JAX_PLATFORMS"]
+    machine.stub("python", "".join(f'echo "{name}=${name}"\n' for name in names) + "exit 3")
+    result = machine.run("cpu.sh", *FLAGS)
+    expected = {**peers.KEEP_MEMORY, "JAX_PLATFORMS": "cpu"}
+    assert dict(line.split("=") for line in result.stdout.split()) == expected
+    assert machine.calls() == [["python", "-m", "vit_jax.train", *FLAGS]]
+    assert result.returncode == 3
 
 
 # --- gpu.sh -------------------------------------------------------------------------------
