@@ -12,6 +12,7 @@ from typing import Any
 from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from benchmarks.measure import Row, speed_ratio
 from benchmarks.peers import OURS
@@ -221,10 +222,14 @@ def _lines(rows: list[Row]) -> Figure:
             inside = [row for row in rows if (row["axis"], row["dtype"]) == (name, dtype)]
             x, y = ([row[field] for row in inside] for field in ("value", "milliseconds"))
             axes.loglog(x, y, "o-", color=colour, label=dtype, markersize=3)
+            axes.set_xticks(x, map(str, x))
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(name, fontsize=9)
         axes.set_ylabel("ms", fontsize=9)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3, which="both")
+        axes.tick_params(labelsize=8, which="both")
+        axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     return figure
 

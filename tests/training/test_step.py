@@ -162,8 +162,8 @@ def test_metrics_are_those_of_the_whole_batch():
 
 def test_a_batch_that_devices_do_not_divide_is_refused():
     mesh = sharding.make_mesh()
-    with pytest.raises(sharding.UserError, match=r"batch_size is 6, which 4 devices"):
+    with pytest.raises(sharding.UserError, match=r"batch_size is 6, which 8 devices"):
         sharding.check_batch_size("batch_size", 6, mesh)
-    sharding.check_batch_size("batch_size", 8, mesh, 2)
-    with pytest.raises(sharding.UserError, match="use a multiple of 12"):
-        sharding.check_batch_size("batch_size", 8, mesh, 3)
+    sharding.check_batch_size("batch_size", 16, mesh, 2)
+    with pytest.raises(sharding.UserError, match="use a multiple of 24"):
+        sharding.check_batch_size("batch_size", 16, mesh, 3)
