@@ -43,7 +43,7 @@ CONTESTANTS = {
     )
 }
 TICKS = os.sysconf("SC_CLK_TCK")  # of the clock of CPU times, in a second
-PACKAGES = ("grain", "pillow", "torchvision", "tensorflow")
+MODULES = ("grain", "PIL", "torchvision", "tensorflow")
 
 
 class Images(NamedTuple):
@@ -268,8 +268,9 @@ def main(positional: list[str]) -> None:
     transforms = choose_transforms(given.transforms)
     threads = conditions.limit_threads(given.threads)
     looked = conditions.look(threads)
-    for package in PACKAGES:
-        if importlib.util.find_spec("PIL" if package == "pillow" else package):
+    installed = importlib.metadata.packages_distributions()
+    for module in MODULES:
+        for package in installed.get(module, ())[:1]:  # tensorflow may be tensorflow_cpu
             looked["versions"][package] = importlib.metadata.version(package)
     record: dict[str, Any] = {
         "benchmark": "input_pipeline", "conditions": looked, "results": []

@@ -5,7 +5,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
 
+from vit_jax import config as configuration
 from vit_jax.errors import UserError
 
 # What a wrong override such as --config.model.depht=3 makes ml_collections raise.
@@ -63,6 +65,23 @@ def required(name: str) -> Any:
     if value is None:
         raise UserError(f"--{name} is missing: run with --help to see what there is")
     return value
+
+
+def config_from_flag() -> tuple[ConfigDict, list[str]]:
+    """The configuration of --config, and the names of the fields set on the command line.
+
+    Raises:
+      UserError: the flag is missing, or the file cannot be read.
+    """
+    config, flag = required("config"), flags.FLAGS["config"]
+    try:
+        config.seed  # noqa: B018 - a file that could not be read is reported only when used
+    except OSError as error:
+        path = config_flags.get_config_filename(flag)
+        raise UserError(f"--config={path} cannot be read: check the path") from error
+    overridden = list(config_flags.get_override_values(flag))
+    configuration.prefer_overrides(config, overridden)
+    return config, overridden
 
 
 def no_positional(arguments: list[str]) -> None:

@@ -132,7 +132,7 @@ def get_config() -> ConfigDict:
     )
     data.max_bad = 0.01  # share of a data set that may be images that cannot be read
     data.workers = 0  # processes that decode; 0: threads of this process
-    data.threads = 16
+    data.threads = 16  # at most: fewer decode where more would only wait for each other
 
     config.few_shot = few_shot = ConfigDict()  # beside evaluation: see training/probes.py
     few_shot.shots = ()  # images a class, e.g. (5, 10); none: off

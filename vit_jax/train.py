@@ -321,7 +321,7 @@ def loop(
 
     batches = pipeline.train_batches(run.source, first_step=first_step, **run.train_reading)
     traced = parse_profile(run.config.profile) if processes.is_first() else None
-    profiler = Profiler(traced, workdir / "profile")
+    profiler = Profiler(traced, plan.total, workdir / "profile")
     with contextlib.closing(batches), contextlib.ExitStack() as stack:
         stack.callback(profiler.stop)
         for step in range(first_step + 1, plan.total + 1):
@@ -425,15 +425,8 @@ def from_flags() -> tuple[ConfigDict, Path, list[str]]:
     Raises:
       UserError: a flag is missing, or the file cannot be read.
     """
-    workdir, config = Path(cli.required("workdir")), cli.required("config")
-    flag = flags.FLAGS["config"]
-    try:
-        config.seed  # noqa: B018 - a file that could not be read is reported only when used
-    except OSError as error:
-        path = config_flags.get_config_filename(flag)
-        raise UserError(f"--config={path} cannot be read: check the path") from error
-    overridden = list(config_flags.get_override_values(flag))
-    configuration.prefer_overrides(config, overridden)
+    workdir = Path(cli.required("workdir"))
+    config, overridden = cli.config_from_flag()
     return config, workdir, overridden
 
 

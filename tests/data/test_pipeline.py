@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import pipeline, sources
+from vit_jax.data import pipeline, preprocess, sources
 from vit_jax.data.pipeline import eval_batches, train_batches
 from vit_jax.data.preprocess import parse_transform
 from vit_jax.errors import UserError
@@ -81,8 +81,66 @@ def test_batches_have_the_shapes_and_types_promised(reference):
 
 
 @pytest.mark.parametrize("threads", [0, 1, 5])
-def test_threads_do_not_matter(noise, reference, threads):
+def test_threads_do_not_matter(noise, reference, threads, monkeypatch):
+    monkeypatch.setattr(pipeline, "_useful", lambda threads, local: threads)
     assert_same(train(noise, 7, threads=threads), reference)
+
+
+def spin(seconds):
+    start = time.thread_time()
+    while time.thread_time() - start < seconds:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("work", "wait", "expected"),
+    [(0.0, 0.0, {1}), (0.0, 0.01, {16}), (0.004, 0.0, {3, 4, 5}), (0.004, 0.02, {16})],
+)
+def test_threads_are_as_many_as_are_of_use(work, wait, expected, monkeypatch):
+    """One for small images, one a core for large ones, and all of them on a slow disk."""
+
+    class Slow(Numbers):
+        def __getitem__(self, i):
+            spin(work)
+            if wait:
+                time.sleep(wait)
+            return super().__getitem__(i)
+
+    local = pipeline._Local(Slow(5), pipeline._Share(4, (0,), 1), 1)
+    monkeypatch.setattr(pipeline, "_cores", lambda: 3)
+    # Other work on the machine makes examples wait as a disk does: look for a quiet moment.
+    assert min(pipeline._useful(16, local) for _ in range(20)) in expected
+
+
+def test_how_long_an_image_takes_is_found_out_without_errors():
+    class Gone(Numbers):
+        def __getitem__(self, i):
+            raise UserError("gone")
+
+    with (
+        train_batches(Gone(5), transform=IDENTITY, channels=1, batch_size=4, seed=0) as batches,
+        pytest.raises(UserError, match="gone"),
+    ):
+        next(batches)
+
+
+def test_the_draws_of_an_example_are_those_of_its_place():
+    """Published results depend on these numbers, which are numpy's and Grain's together."""
+
+    def draw(image, rng, target):
+        return Image.new("L", (1, 1), int(rng.integers(256)))
+
+    transform = preprocess.Transform("draw", (1, 1), (draw,))
+    seen = numbers(train(Numbers(5), 2, transform, 1, batch_size=4, seed=7))
+    seed = np.random.SeedSequence([7, 3]).generate_state(1)[0]
+    expected = []
+    for place in range(8):
+        bits = np.random.Philox(seed)
+        state = bits.state
+        state["state"]["counter"][:] = 0, 0, 0, place
+        bits.state = state
+        expected.append(int(np.random.Generator(bits).integers(256)))
+    assert seen == expected
 
 
 def test_threads_take_pieces_that_make_up_a_batch(noise):
@@ -191,7 +249,7 @@ def test_as_many_epochs_as_copies_show_every_image_as_often():
 
 def test_copies_that_do_not_fit_go_to_the_next_batch():
     # Images in the order 0, 1, 2, ... and three of each: by hand for batches of 4.
-    shares = [pipeline._Share(4, i, 2, repeats=3) for i in range(2)]
+    shares = [pipeline._Share(4, (i,), 2, repeats=3) for i in range(2)]
     rows = [[share.position(i) // 3 for share in shares for i in (2 * s, 2 * s + 1)]
             for s in range(3)]  # fmt: skip
     assert rows == [[0, 1, 0, 0], [2, 1, 2, 1], [3, 3, 2, 3]]
@@ -308,7 +366,7 @@ def test_labels_out_of_range_are_named(label):
 
 @pytest.mark.parametrize("run", [lambda s, **o: train(s, 1, **o), evaluate])
 def test_sizes_that_do_not_fit_are_explained(run):
-    with pytest.raises(UserError, match="batch size 8 cannot be shared equally by 3 process"):
+    with pytest.raises(UserError, match="batch size 8 cannot be divided into 3 equal part"):
         run(Numbers(5), part_count=3)
     with pytest.raises(UserError, match="batch size 0 cannot"):
         run(Numbers(5), batch_size=0)

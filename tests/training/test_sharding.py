@@ -150,9 +150,11 @@ def test_rules_divide_each_kind_of_array_as_their_table_says():
         "params/head/bias": ((1000,), ("tensor",)),
         "params/Transformer/posembed_input/pos_embedding": ((1, 197, 768), ()),
         "step": ((), ()),
-        # Neither 3 heads nor 21 classes can be halved.
+        # 3 heads, 21 classes and 7 channels cannot be halved.
         "params/query/kernel": ((192, 3, 64), ("fsdp", None, None)),
+        "params/query/bias": ((3, 64), (None, None)),
         "params/head_dist/kernel": ((192, 21), ("fsdp", None)),
+        "params/value/kernel": ((7, 2, 64), (None, "tensor", "fsdp")),
     }
     for path, (shape, axes) in expected.items():
         found = sharding.partition(path, shape, mesh)

@@ -9,7 +9,6 @@ middle of a JPEG's data: libjpeg decodes on, and Pillow does not pass its warnin
 import contextlib
 import io
 import zlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,13 +16,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vit_jax.errors import UserError
 
-# Pillow reads 40 more, among them EPS, for which it runs another program on the file.
+# Pillow reads 40 more, among them EPS, for which it runs another program on the file. It asks
+# one after the other: so the commonest come first.
 Image.init()
 FORMATS = tuple(
     name
-    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    for name in ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "JPEG2000", "PPM", "TIFF")
     if name in Image.OPEN
 )
+# Where Pillow keeps the camera's notes, except those of a TIFF.
+NOTES = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 
 
 class BadImage(UserError):
@@ -53,9 +55,12 @@ def decode(example: dict[str, Any], channels: int | None) -> Image.Image:
         if isinstance(encoded, np.ndarray):
             return _to_mode(_from_array(encoded), channels)
         if not isinstance(encoded, bytes):
-            encoded = Path(encoded).read_bytes()
+            # Unbuffered, as the whole is wanted: 6 us instead of the 10 of `Path.read_bytes`.
+            with open(encoded, "rb", buffering=0) as file:
+                encoded = file.read()
         _check_png(encoded)
         with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            image.load()  # an error of the pixels must not pass for one of the notes
             return _to_mode(_upright(image), channels)
     except UnidentifiedImageError as error:
         what = "in no format that can be read" if encoded else "empty"
@@ -92,6 +97,9 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
+    # Most have none, and to look for the orientation takes 5 us: a tenth of a small PNG's time.
+    if image.format != "TIFF" and NOTES.isdisjoint(image.info):
+        return image
     # The pixels may be sound where the camera's notes are not: then read them as stored.
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
@@ -110,4 +118,6 @@ def _to_mode(image: Image.Image, channels: int | None) -> Image.Image:
         channels = 1 if image.mode in ("1", "L", "LA", "La") else 3
     if "transparency" in image.info:
         image = image.convert("RGBA")  # else Pillow warns, and may blend
-    return image.convert("L" if channels == 1 else "RGB")
+    mode = "L" if channels == 1 else "RGB"
+    # To convert makes a copy even if the mode stays: 50 us and more for a photograph.
+    return image if image.mode == mode else image.convert(mode)

@@ -75,6 +75,8 @@ Rng = np.random.Generator
 
 def _crop(image: Image.Image, box: Box) -> Image.Image:
     top, left, height, width = box
+    if box == (0, 0, image.height, image.width):
+        return image
     return image.crop((left, top, left + width, top + height))
 
 

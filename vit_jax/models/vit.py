@@ -236,7 +236,7 @@ class VisionTransformer(nn.Module):
         if cfg.representation_size:
             hidden = (cfg.representation_size,)
             y = jnp.tanh(Dense(y.shape[-1:], hidden, cfg.dtype, name="pre_logits")(y))
-        out["pre_logits"] = y
+        out["pre_logits"] = y = split_by_example(y)
         if cfg.num_classes:
             y = self.head("head", y)
             if cfg.distillation == "heads":

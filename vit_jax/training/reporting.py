@@ -130,10 +130,14 @@ def parse_profile(text: str | None) -> tuple[int, int] | None:
 
 
 class Profiler:
-    """Traces steps `first` to `last` into `folder`, for TensorBoard (XProf) and Perfetto."""
+    """Traces steps `first` to `last` into `folder`, for TensorBoard (XProf) and Perfetto.
 
-    def __init__(self, steps: tuple[int, int] | None, folder: Path):
-        self._first, self._last = steps or (0, 0)
+    What follows the last of `total` steps, the evaluation, does not belong to the trace.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, total: int, folder: Path):
+        self._first, last = steps or (0, 0)
+        self._last = min(last, total)
         self._folder, self._running = folder, False
 
     def before(self, step: int) -> None:

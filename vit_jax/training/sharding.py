@@ -27,8 +27,9 @@ class Rule(NamedTuple):
     """How arrays are divided whose path ends in `pattern`, a regular expression.
 
     `axes` names the mesh axis for each of the last axes of the array. What comes before, such
-    as the layer axis of a scanned encoder, stays whole, and so does an axis that the mesh does
-    not divide.
+    as the layer axis of a scanned encoder, stays whole. Where a mesh axis does not divide the
+    axis it is named for, `tensor` divides nothing, since heads must stay together, and `fsdp`
+    the last of the others that it can.
     """
 
     pattern: str
@@ -128,10 +129,18 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     axes = rule_for(path).axes
     if len(axes) > len(shape):
         return PartitionSpec()
-    axes = (None,) * (len(shape) - len(axes)) + axes
-    divides = lambda axis, size: axis and mesh.shape[axis] > 1 and size % mesh.shape[axis] == 0
-    kept = [axis if divides(axis, n) else None for axis, n in zip(axes, shape, strict=True)]
-    return PartitionSpec(*kept)
+    sizes = shape[len(shape) - len(axes) :]
+    divides = lambda axis, i: sizes[i] % mesh.shape[axis] == 0
+    kept: list[str | None] = [None] * len(axes)
+    left = [axis for axis in axes if axis and mesh.shape[axis] > 1]
+    for i, axis in enumerate(axes):
+        if axis and axis in left and divides(axis, i):
+            kept[i] = axis
+            left.remove(axis)
+    free = [i for i in range(len(axes)) if kept[i] is None and divides("fsdp", i)]
+    if "fsdp" in left and free:
+        kept[free[-1]] = "fsdp"
+    return PartitionSpec(*[None] * (len(shape) - len(axes)), *kept)
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:

@@ -1,0 +1,128 @@
+"""Says what training will need, before there is a device to train on.
+
+  python -m vit_jax.plan --config=configs/vit_i1k.py:L/16 --topology=v5e:4x4
+  python -m vit_jax.plan --config=configs/vit_i21k.py:G/14 --topology=v5e:16x16 \\
+    --config.mesh.fsdp=256 --per_device_batch=16 --output=plan.json
+
+Compiles the training step of `vit_jax.train` for a slice of TPUs that is not there, on any
+computer (pip install 'vit_jax[tpu]'), and prints its parameters, the memory that each device
+needs, the FLOPs of a step, what devices exchange, and an estimate of the time of a step.
+Without --topology it does so for the devices of this machine.
+
+  --per_device_batch=N  examples in a step for each device that has some of its own; else
+                        they are what config.batch_size makes them
+  --search              the largest batch that fits, for every way to recompute
+
+Opens no data: the numbers of classes and of examples are those known of a few data sets, else
+those of ImageNet-1k; --num_classes and --examples set others. Exit code: 0 if the step fits
+into the memory, 1 if it does not.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from vit_jax import cli, experiment
+from vit_jax.atomic import replacing
+from vit_jax.errors import UserError
+from vit_jax.planning import page
+from vit_jax.planning.search import best, search
+from vit_jax.planning.step import Plan, make_plan, shares
+from vit_jax.planning.target import attached, topology
+from vit_jax.training import sharding
+
+# Classes, and examples of an epoch, of data sets that need not be there.
+KNOWN = {
+    "tfds:imagenet2012": (1000, 1_281_167),
+    "tfds:imagenet21k": (21_843, 14_197_122),
+    "tfds:cifar10": (10, 50_000),
+    "tfds:cifar100": (100, 50_000),
+    "digits": (10, 1_437),
+}
+ASSUMED = "tfds:imagenet2012"
+
+
+def data_of(
+    source: str, num_classes: int | None, examples: int | None
+) -> tuple[int, int, str | None]:
+    """Classes, examples and, where they are assumed, a sentence that says so."""
+    known = KNOWN.get(source)
+    classes_there, examples_there = known or KNOWN[ASSUMED]
+    note = None
+    if known is None and (num_classes is None or examples is None):
+        note = (
+            f"note: {source} is not opened; taken to have {num_classes or classes_there:,} "
+            f"classes and {examples or examples_there:,} examples, unless --num_classes and "
+            f"--examples say otherwise"
+        )
+    return num_classes or classes_there, examples or examples_there, note
+
+
+def define_flags() -> None:
+    config_flags.DEFINE_config_file("config", None, "Configuration: FILE.py[:ARGUMENT].")
+    flags.DEFINE_string("topology", None, "TPUs to compile for, such as v5e:4x4, v4:4x4x4.")
+    flags.DEFINE_integer(
+        "per_device_batch", None, "Examples a device in a step.", lower_bound=1
+    )
+    flags.DEFINE_integer("num_classes", None, "Classes of the data.", lower_bound=1)
+    flags.DEFINE_integer("examples", None, "Examples in an epoch.", lower_bound=1)
+    flags.DEFINE_bool("search", False, "Find the largest batch for every way to recompute.")
+    flags.DEFINE_string("output", None, "A JSON file for everything that is found.")
+
+
+def main(positional: list[str]) -> None:
+    cli.no_positional(positional)
+    config, _ = cli.config_from_flag()
+    options = flags.FLAGS.flag_values_dict()
+    target = topology(options["topology"]) if options["topology"] else attached()
+    config = experiment.with_computation_chosen(config)
+    num_classes, examples, note = data_of(
+        config.data.source, options["num_classes"], options["examples"]
+    )
+    if note:
+        print(note, file=sys.stderr)
+    mesh_shares = shares(sharding.make_mesh(config.mesh, target.devices))
+
+    def attempt(remat: str, per_device: int) -> Plan:
+        changed = config.copy_and_resolve_references()
+        changed.model.remat = remat
+        batch_size = per_device * mesh_shares
+        plan = make_plan(changed, target, num_classes, examples, batch_size)
+        print(page.attempt_line(plan), file=sys.stderr, flush=True)
+        return plan
+
+    if options["search"]:
+        if target.memory is None:
+            raise UserError(
+                f"--search needs devices whose memory is known, which {target.name} do not "
+                f"tell: name some with --topology"
+            )
+        found = search(attempt)
+        print(page.search_table(found))
+        fitting = [plan for tried in found.values() if (plan := best(tried))]
+        _write(options["output"], {k: [page.to_json(p) for p in v] for k, v in found.items()})
+        if not fitting:
+            cli.fail(f"no batch of {config.model.variant} fits on {target.name}")
+        return
+    size = config.batch_size
+    if options["per_device_batch"]:
+        size = options["per_device_batch"] * mesh_shares
+    plan = make_plan(config, target, num_classes, examples, size)
+    print(page.describe(plan))
+    _write(options["output"], page.to_json(plan))
+    if not plan.fits:
+        sys.exit(1)
+
+
+def _write(output: str | None, values: dict[str, Any]) -> None:
+    if output:
+        with replacing(Path(output)) as part:
+            part.write_text(json.dumps(values, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    cli.run(main, define_flags)
