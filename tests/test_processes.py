@@ -1,6 +1,7 @@
 """Several real processes on one machine, joined by gloo, are one run."""
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -34,13 +35,14 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(workdir, count, *flags, devices=1, of=None):
+def start(workdir, count, *flags, devices=1, of=None, door="train"):
     """The processes of one run; with `of`, only so many of them are started."""
     environment = dict(
         os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}"
     )
-    command = [sys.executable, "-m", "vit_jax.train", f"--config={TINY}"]
-    command += [f"--workdir={workdir}", *SHORT, *flags]
+    command = [sys.executable, "-m", f"vit_jax.{door}", f"--workdir={workdir}", *flags]
+    if door == "train":
+        command[3:3] = [f"--config={TINY}", *SHORT]
     if (of or count) > 1:
         command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={of or count}"]
     started = []
@@ -68,8 +70,8 @@ def finish(started, timeout=240):
             process.kill()
 
 
-def run(workdir, count, *flags, devices=1):
-    ended = finish(start(workdir, count, *flags, devices=devices))
+def run(workdir, count, *flags, **options):
+    ended = finish(start(workdir, count, *flags, **options))
     assert [code for code, _, _ in ended] == [0] * count, ended
     return ended
 
@@ -114,6 +116,18 @@ def test_two_processes_give_what_one_gives(one, two):
     assert f"step {STEPS}/{STEPS}" in ended[0][1]
     assert f"{STEPS} steps of 32 on 4 cpu device(s), from the beginning" in ended[0][1]
     assert not any(word in ended[1][1] for word in ("step", "accuracy", "model"))
+
+
+def test_evaluation_is_exact_across_processes(two):
+    workdir, _ = two
+    first, second = run(workdir, 2, "--batch_size=64", door="evaluate")
+    [evaluated] = map(json.loads, (workdir / "evaluations.jsonl").read_text().splitlines())
+    logged = metrics(workdir)[-1]
+    assert evaluated["count"] == 360
+    assert evaluated["accuracy"] == logged["eval/accuracy"]
+    assert evaluated["loss"] == pytest.approx(logged["eval/loss"], rel=1e-5)
+    assert f"accuracy {evaluated['accuracy']:.4f}" in first[1]
+    assert "accuracy" not in second[1]
 
 
 @pytest.mark.slow

@@ -38,7 +38,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from vit_jax import cache, cli, experiment, trained
+from vit_jax import cache, cli, experiment, processes, trained
 from vit_jax.data import pipeline
 from vit_jax.errors import UserError
 from vit_jax.objectives.classification import Classification
@@ -78,7 +78,9 @@ def _over_batches(
     )
     with contextlib.closing(batches):
         total = -(-len(source) // batch_size)
-        shown = tqdm(batches, total=total, unit="batch", disable=None)
+        shown = tqdm(
+            batches, total=total, unit="batch", disable=None if processes.is_first() else True
+        )
         return function(sharding.put_batch(batch, mesh) for batch in shown)
 
 
@@ -215,6 +217,8 @@ def table(results: dict[str, Any], asked: Probes) -> str:
 
 def define_flags() -> None:
     trained.define_flags()
+    processes.define_flags()
+    flags.adopt_module_key_flags(processes)
     flags.adopt_module_key_flags(trained)  # so that --help shows them
     flags.DEFINE_string("data", None, "Data source; that of training unless given.")
     flags.DEFINE_string("data_dir", None, "Where tfds: finds prepared data sets.")
@@ -233,6 +237,16 @@ def define_flags() -> None:
 
 def main(positional: list[str]) -> None:
     cli.no_positional(positional)
+    with processes.together():
+        evaluate_as_told()
+
+
+def evaluate_as_told() -> None:
+    """Everything that the flags ask for; process 0 tells the results.
+
+    Raises:
+      UserError: the flags do not fit each other, the model or the data.
+    """
     given, asked = flags.FLAGS, probes_from_flags()
     cache.keep_compiled_programs()
     mesh = sharding.make_mesh()
@@ -263,7 +277,7 @@ def main(positional: list[str]) -> None:
     if head_fits(model, source.class_names, config.data.source, asked.any):
         averages = evaluate_trained(model, source, batch_size, mesh)
         save(record | averages)
-        print(
+        say(
             f"accuracy {averages['accuracy']:.4f}  loss {averages['loss']:.4f}  count "
             f"{averages['count']}  ({record['data']} {record['split']}, step {model.step})"
         )
@@ -272,16 +286,21 @@ def main(positional: list[str]) -> None:
         split = {"train_split": config.data.train_split, "count": len(source)}
         choices = {"seeds": asked.seeds, "few_shot_l2": asked.l2} if asked.shots else {}
         save(record | split | choices | results)
-        print(
+        say(
             f"frozen features of {record['data']}, step {model.step}: fitted to "
             f"{split['train_split']}, measured on the {split['count']} of {record['split']}"
         )
-        print(table(results, asked))
+        say(table(results, asked))
+
+
+def say(message: str) -> None:
+    if processes.is_first():
+        print(message)
 
 
 def save(record: dict[str, Any]) -> None:
     """Appends a line to the evaluations of a work directory, where there is one."""
-    if workdir := flags.FLAGS.workdir:
+    if (workdir := flags.FLAGS.workdir) and processes.is_first():
         with (Path(workdir) / "evaluations.jsonl").open("a") as file:
             file.write(json.dumps(record) + "\n")
 

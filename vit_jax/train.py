@@ -416,7 +416,12 @@ def divided(run: Run) -> str:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Configuration: FILE.py[:ARGUMENT].")
     flags.DEFINE_string("workdir", None, "Where results go; what is there is continued.")
+
+
+def define_all_flags() -> None:
+    define_flags()
     processes.define_flags()
+    flags.adopt_module_key_flags(processes)  # so that --help shows them
 
 
 def from_flags() -> tuple[ConfigDict, Path, list[str]]:
@@ -442,4 +447,4 @@ def main(positional: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, define_flags)
+    cli.run(main, define_all_flags)
