@@ -126,6 +126,8 @@ def together() -> Iterator[None]:
         yield
     except UserError as error:
         _end(f"process {jax.process_index()}: {error}")
+    except KeyboardInterrupt:
+        _end(f"process {jax.process_index()} was interrupted")
     except BaseException:
         time.sleep(_GRACE)  # it may fail because another one died: the watch then ends it
         sys.excepthook(*sys.exc_info())
