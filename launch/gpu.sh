@@ -39,6 +39,8 @@ trap 'signalled=1; stopped=1; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null
 train() {
   "$PYTHON" -m vit_jax.train "$@" &
   child=$!
+  # A signal may have come before its number was known here.
+  [[ -z $stopped ]] || kill -TERM "$child" 2>/dev/null || true
   local code=0 again
   wait "$child" || code=$?
   while [[ -n $signalled ]]; do # perhaps the signal ended the wait, not the child

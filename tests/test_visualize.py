@@ -14,7 +14,7 @@ from vit_jax import experiment, inference, trained, visualize
 from vit_jax.errors import UserError
 from vit_jax.training import sharding
 
-MESH = sharding.make_mesh()
+MESH = sharding.make_mesh(devices=jax.devices()[:4])
 NAMES = ("cat & dog", "bird", "fish")
 
 
