@@ -159,6 +159,7 @@ def test_when_one_is_killed_the_others_end_and_the_restart_resumes(two, tmp_path
     assert_same_run(tmp_path, two[0])
 
 
+@pytest.mark.slow
 def test_a_notice_to_one_saves_everywhere_at_one_step_and_other_meshes_go_on(one, tmp_path):
     """Begun by 4 processes with 2 devices each and fsdp, finished by one on one device."""
     started = start(tmp_path, 4, "--config.mesh.fsdp=4", devices=2)
