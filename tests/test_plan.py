@@ -23,7 +23,7 @@ from vit_jax.planning import page, roofline
 from vit_jax.planning.chips import CHIPS, interconnect
 from vit_jax.planning.products import product_flops
 from vit_jax.planning.program import Array, Collective, Program, arrays, sent
-from vit_jax.planning.search import best, largest
+from vit_jax.planning.search import best, largest, search
 from vit_jax.planning.step import Memory, Plan, gib, make_plan, refused, undivided
 from vit_jax.planning.target import Target, topology
 from vit_jax.training import sharding
@@ -321,6 +321,12 @@ def test_the_search_surpasses_a_prediction_that_was_too_low():
         return planned(size, used if size <= 400 else 17 << 30)
 
     assert 376 <= best(largest(attempt)).per_device_batch <= 400
+
+
+def test_a_search_may_be_of_some_policies_only():
+    tried = search(lambda policy, size: compiler(100)(size), ["dots"])
+    assert list(tried) == ["dots"]
+    assert best(tried["dots"]).per_device_batch == 96
 
 
 def test_the_search_ends_where_everything_or_nothing_fits():

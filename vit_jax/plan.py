@@ -11,7 +11,8 @@ Without --topology it does so for the devices of this machine.
 
   --per_device_batch=N  examples in a step for each device that has some of its own; else
                         they are what config.batch_size makes them
-  --search              the largest batch that fits, for every way to recompute
+  --search              the largest batch that fits, for every way to recompute, or for those
+                        that --policy names
 
 Opens no data: the numbers of classes and of examples are those known of a few data sets, else
 those of ImageNet-1k; --num_classes and --examples set others. Exit code: 0 if the step fits
@@ -30,7 +31,7 @@ from vit_jax import cli, experiment
 from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
 from vit_jax.planning import page
-from vit_jax.planning.search import best, search
+from vit_jax.planning.search import POLICIES, best, search
 from vit_jax.planning.step import Plan, make_plan, shares
 from vit_jax.planning.target import attached, topology
 from vit_jax.training import sharding
@@ -71,6 +72,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("num_classes", None, "Classes of the data.", lower_bound=1)
     flags.DEFINE_integer("examples", None, "Examples in an epoch.", lower_bound=1)
     flags.DEFINE_bool("search", False, "Find the largest batch for every way to recompute.")
+    flags.DEFINE_multi_enum(
+        "policy", None, POLICIES, "With --search, only this way to recompute; may be repeated."
+    )
     flags.DEFINE_string("output", None, "A JSON file for everything that is found.")
 
 
@@ -101,7 +105,7 @@ def main(positional: list[str]) -> None:
                 f"--search needs devices whose memory is known, which {target.name} do not "
                 f"tell: name some with --topology"
             )
-        found = search(attempt)
+        found = search(attempt, options["policy"] or POLICIES)
         print(page.search_table(found))
         fitting = [plan for tried in found.values() if (plan := best(tried))]
         _write(options["output"], {k: [page.to_json(p) for p in v] for k, v in found.items()})

@@ -1,7 +1,7 @@
 """The largest batch that fits, for every way to recompute in the backward pass."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from vit_jax.planning.step import Plan
 
@@ -46,9 +46,11 @@ def _next(tried: list[Plan], low: int, high: int) -> int:
     return min(max(predicted // 8 * 8, low + 8 - low % 8), (high - 1) // 8 * 8)
 
 
-def search(attempt: Callable[[str, int], Plan]) -> dict[str, list[Plan]]:
+def search(
+    attempt: Callable[[str, int], Plan], policies: Sequence[str] = POLICIES
+) -> dict[str, list[Plan]]:
     """For every policy of recomputation, the plans of `largest`."""
-    return {policy: largest(functools.partial(attempt, policy)) for policy in POLICIES}
+    return {policy: largest(functools.partial(attempt, policy)) for policy in policies}
 
 
 def best(tried: list[Plan]) -> Plan | None:
