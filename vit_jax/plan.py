@@ -2,7 +2,7 @@
 
   python -m vit_jax.plan --config=configs/vit_i1k.py:L/16 --topology=v5e:4x4
   python -m vit_jax.plan --config=configs/vit_i21k.py:G/14 --topology=v5e:16x16 \\
-    --config.mesh.fsdp=256 --per_device_batch=16 --output=plan.json
+    --config.mesh.data=2 --config.mesh.fsdp=128 --per_device_batch=8 --output=plan.json
 
 Compiles the training step of `vit_jax.train` for a slice of TPUs that is not there, on any
 computer (pip install 'vit_jax[tpu]'), and prints its parameters, the memory that each device
@@ -32,7 +32,7 @@ from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
 from vit_jax.planning import page
 from vit_jax.planning.search import POLICIES, best, search
-from vit_jax.planning.step import Plan, make_plan, shares
+from vit_jax.planning.step import Plan, make_plan
 from vit_jax.planning.target import attached, topology
 from vit_jax.training import sharding
 
@@ -89,7 +89,7 @@ def main(positional: list[str]) -> None:
     )
     if note:
         print(note, file=sys.stderr)
-    mesh_shares = shares(sharding.make_mesh(config.mesh, target.devices))
+    mesh_shares = sharding.shares(sharding.make_mesh(config.mesh, target.devices))
 
     def attempt(remat: str, per_device: int) -> Plan:
         changed = config.copy_and_resolve_references()

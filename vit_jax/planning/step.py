@@ -1,7 +1,6 @@
 """The training step of a configuration, compiled and never run: what it needs."""
 
 import dataclasses
-import math
 import re
 import time
 from typing import Any, NamedTuple
@@ -13,7 +12,6 @@ from ml_collections import ConfigDict
 from vit_jax import experiment
 from vit_jax.errors import UserError
 from vit_jax.models.flops import train_flops
-from vit_jax.models.layers import BATCH_AXES
 from vit_jax.models.model import count_parameters
 from vit_jax.planning import products, roofline
 from vit_jax.planning.program import Collective, Program
@@ -164,7 +162,7 @@ def make_plan(
         devices=mesh.size,
         mesh=dict(mesh.shape),
         batch_size=batch_size,
-        per_device_batch=batch_size // shares(mesh),
+        per_device_batch=batch_size // sharding.shares(mesh),
         remat=config.model.remat,
         scan=config.model.scan,
         num_classes=num_classes,
@@ -249,11 +247,6 @@ class _Clock:
         self.seconds[part] = round(now - self._last, 2)
         self.seconds[f"{part} (processor)"] = round(worked - self._worked, 2)
         self._last, self._worked = now, worked
-
-
-def shares(mesh: jax.sharding.Mesh) -> int:
-    """Devices that have examples of their own."""
-    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def memory_of(compiled: Any) -> Memory:

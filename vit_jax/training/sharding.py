@@ -7,6 +7,7 @@ the layers themselves are divided, attention by heads and the MLP by hidden unit
 (arXiv 1909.08053). `RULES` says how.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -96,13 +97,17 @@ def fill(sizes: Sequence[int], devices: int) -> tuple[int, ...]:
     return tuple(devices // known if size == -1 else size for size in sizes)
 
 
+def shares(mesh: Mesh) -> int:
+    """How many devices have examples of their own."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(field: str, batch_size: int, mesh: Mesh, accumulation: int = 1) -> None:
     """Raises UserError unless every device gets the same number of examples."""
-    shares = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    parts = shares * accumulation
+    parts = shares(mesh) * accumulation
     if batch_size < 1 or batch_size % parts:
         raise UserError(
-            f"{field} is {batch_size}, which {shares} devices x {accumulation} "
+            f"{field} is {batch_size}, which {shares(mesh)} devices x {accumulation} "
             f"micro-batches do not divide: use a multiple of {parts}"
         )
 
@@ -171,12 +176,13 @@ def gather(params: Any, mesh: Mesh) -> Any:
     return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(params))
 
 
+@functools.cache  # asked for every batch
 def batch_parts(mesh: Mesh) -> tuple[tuple[int, ...], int]:
     """Which parts of a batch the devices of this process need, and of how many equal ones.
 
     Where `tensor` spans processes, several of them need the same part.
     """
-    count = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    count = shares(mesh)
     places = split_batch(mesh).addressable_devices_indices_map((count,))
     return tuple(sorted({place[0].start or 0 for place in places.values() if place})), count
 
