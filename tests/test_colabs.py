@@ -2,12 +2,15 @@
 
 import importlib.util
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="install the [test] extra")
 nbclient = pytest.importorskip("nbclient", reason="install the [test] extra")
+traitlets = pytest.importorskip("traitlets", reason="install the [test] extra")
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "colabs").glob("*.ipynb"))
@@ -67,7 +70,7 @@ def test_links_lead_to_papers_and_documentation_only(path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(jupyter_client|nbclient|zmq)")
 @each
-def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
+def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch, request):
     if importlib.util.find_spec("ipykernel") is None:
         pytest.skip("install the [test] extra")
     monkeypatch.setenv("VIT_JAX_FAST", "1")
@@ -78,6 +81,11 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
     for folder in ("IPYTHONDIR", "JUPYTER_RUNTIME_DIR", "JUPYTER_CONFIG_DIR", "MPLCONFIGDIR"):
         monkeypatch.setenv(folder, str(tmp_path / folder.lower()))
+    # Files as sockets, for two kernels that start at once may choose the same TCP port; not
+    # below tmp_path, as their names may be no longer than a hundred characters.
+    sockets = tempfile.mkdtemp()
+    request.addfinalizer(lambda: shutil.rmtree(sockets))
+    options = traitlets.config.Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
     notebook = nbformat.read(path, as_version=4)
     # transformers refuses to load where torchvision is broken, and works where it is missing.
     hide = "import sys; sys.modules['torchvision'] = None"
@@ -85,7 +93,8 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
     resources = {"metadata": {"path": str(work)}}
-    nbclient.NotebookClient(notebook, timeout=240, resources=resources).execute()
+    client = nbclient.NotebookClient(notebook, timeout=240, resources=resources, config=options)
+    client.execute()
 
     text = printed(notebook)
     for expected in PRINTED[path.stem[:2]]:
