@@ -85,7 +85,9 @@ def test_runs_from_top_to_bottom(path, tmp_path, monkeypatch, request):
     # below tmp_path, as their names may be no longer than a hundred characters.
     sockets = tempfile.mkdtemp()
     request.addfinalizer(lambda: shutil.rmtree(sockets))
-    options = traitlets.config.Config({"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}})
+    options = traitlets.config.Config(
+        {"KernelManager": {"transport": "ipc", "ip": f"{sockets}/kernel"}}
+    )
     notebook = nbformat.read(path, as_version=4)
     # transformers refuses to load where torchvision is broken, and works where it is missing.
     hide = "import sys; sys.modules['torchvision'] = None"

@@ -35,6 +35,7 @@ from vit_jax.data import records, sources
 from vit_jax.data.bad_images import DEFAULT_SHARE, BadImages
 from vit_jax.data.decode import BadImage, decode
 from vit_jax.data.records import Packed
+from vit_jax.data.resize import resize
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -146,8 +147,8 @@ def encoded(example: dict[str, Any], resize_shorter: int | None) -> bytes:
     image = decode({**example, "image": content}, None)
     if resize_shorter and min(image.size) > resize_shorter:
         scale = resize_shorter / min(image.size)
-        size = [max(round(side * scale), 1) for side in image.size]
-        image = image.resize((size[0], size[1]), Image.Resampling.BICUBIC)
+        width, height = (max(round(side * scale), 1) for side in image.size)
+        image = resize(image, (height, width), "bicubic")
         return _save(image, "JPEG", quality=_QUALITY)
     return _save(image, "PNG") if isinstance(content, np.ndarray) else content
 

@@ -1,8 +1,10 @@
 """Our evaluation transforms on real photos, against the libraries whose weights we read.
 
-Both sides round to 8 bits between resizing and scaling. timm resizes with Pillow, as we do:
-nothing differs. Hugging Face resizes with torch, in fixed point of another precision: up to 4
-of 255 levels differ (at the edges of saturated regions), 0.153 of one on average.
+Both sides round to 8 bits between resizing and scaling. timm resizes with Pillow: if we do so
+too, nothing differs, and with cykooz.resizer, which is our default, up to 0.52% of the values
+do, by one of 255 levels and very few by two. Hugging Face resizes with torch, in fixed point
+of another precision: up to 4 levels differ (at the edges of saturated regions), 0.153 of one
+on average.
 """
 
 from pathlib import Path
@@ -14,6 +16,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from tests.interop.tiny_models import model
+from vit_jax.data import resize
 from vit_jax.data.preprocess import normalize, parse_transform
 from vit_jax.interop import huggingface
 
@@ -62,8 +65,11 @@ def test_hugging_faces_image_processors(tmp_path: Path, transform, value_range):
 
 @pytest.mark.parametrize(("size", "crop"), [(224, 0.9), (224, 0.875), (384, 1.0)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_timms_transforms(size, crop, interpolation):
+@pytest.mark.parametrize("engine", ["cykooz", "PIL"])
+def test_timms_transforms(size, crop, interpolation, engine, monkeypatch):
     timm = pytest.importorskip("timm")
+    if engine == "PIL":
+        monkeypatch.setattr(resize, "cykooz_resizer", None)
     theirs = timm.data.create_transform(
         (3, size, size),
         interpolation=interpolation,
@@ -77,4 +83,7 @@ def test_timms_transforms(size, crop, interpolation):
     for photo in photos():
         expected = theirs(photo).numpy().transpose(1, 2, 0)
         found = ours(photo, transform, "inception", (size, size))
-        np.testing.assert_allclose(found, expected, atol=1e-6)
+        off = np.rint(abs(found - expected) / LEVEL["inception"])
+        assert off.max() <= (0 if engine == "PIL" else 2)
+        assert off.mean() <= 0.006
+        np.testing.assert_allclose(found[off == 0], expected[off == 0], atol=1e-6)

@@ -6,10 +6,25 @@ of a percent of accuracy. So the methods are told apart by name:
     bilinear             TensorFlow's, from half-pixel centres and without antialiasing
     area                 TensorFlow's, the mean over the exact area a pixel covers
     bilinear_antialias, bicubic (a = -0.5), lanczos      PIL's, antialiased
+
+All but `area` go along rows first and then along columns, and round to 8 bits in between, as
+PIL did before version 13, which goes along columns first where that is less work.
+
+cykooz.resizer works in the memory of PIL's images with the processor's vector instructions,
+about five times as fast. Of what PIL makes of a photograph, up to 0.8% of the values differ,
+by one level of 255, rarely by two. Where it is not installed, PIL and NumPy do the same.
 """
+
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from PIL import Image
+
+try:
+    import cykooz_resizer
+except ImportError:  # there is none for Linux on ARM
+    cykooz_resizer = None
 
 _PIL_FILTERS = {
     "bilinear_antialias": Image.Resampling.BILINEAR,
@@ -18,15 +33,50 @@ _PIL_FILTERS = {
 }
 METHODS = ("bilinear", "area", *_PIL_FILTERS)
 
+# Names of (algorithm, filter). "interpolation" reads as many pixels however much an image is
+# reduced: without antialiasing.
+_CYKOOZ = {
+    "bilinear": ("interpolation", "bilinear"),
+    "bilinear_antialias": ("convolution", "bilinear"),
+    "bicubic": ("convolution", "catmull_rom"),
+    "lanczos": ("convolution", "lanczos3"),
+}
+
 
 def resize(image: Image.Image, size: tuple[int, int], method: str) -> Image.Image:
-    """Resizes an 8-bit image to `size` = (height, width), ignoring its aspect ratio."""
+    """Resizes an image of mode L or RGB to `size` = (height, width), whatever its aspect."""
     height, width = size
     if (width, height) == image.size:
         return image
-    if method in _PIL_FILTERS:
-        return image.resize((width, height), _PIL_FILTERS[method])
-    taps = _bilinear_taps if method == "bilinear" else _area_taps
+    if method == "area":
+        return _by_taps(image, size, _area_taps)
+    if cykooz_resizer:
+        return _by_cykooz(image, size, method)
+    if method == "bilinear":
+        return _by_taps(image, size, _bilinear_taps)
+    rows = image.resize((width, image.height), _PIL_FILTERS[method])
+    return rows.resize((width, height), _PIL_FILTERS[method])
+
+
+def _by_cykooz(image: Image.Image, size: tuple[int, int], method: str) -> Image.Image:
+    height, width = size
+    algorithm, kernel = _CYKOOZ[method]
+    # Of `ResizeAlg`, which has no constructor for interpolation, nothing else is read.
+    chosen = SimpleNamespace(
+        algorithm=cykooz_resizer.Algorithm[algorithm],
+        filter_type=cykooz_resizer.FilterType[kernel],
+        multiplicity=None,
+    )
+    options = cykooz_resizer.ResizeOptions(chosen)
+    resizer = cykooz_resizer.Resizer()  # it has buffers, which threads may not share
+    for shape in ((width, image.height), (width, height)):
+        if shape != image.size:
+            source, image = image, Image.new(image.mode, shape)
+            resizer.resize_pil(source, image, options)
+    return image
+
+
+def _by_taps(image: Image.Image, size: tuple[int, int], taps: Any) -> Image.Image:
     pixels = np.asarray(image)
     for axis, length in enumerate(size):
         pixels = _gather(pixels, axis, *taps(pixels.shape[axis], length))
@@ -47,11 +97,8 @@ def _gather(
 def _bilinear_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
     """The two pixels whose centres lie around each new centre.
 
-    On two photographs, enlarged and reduced, the rounded result differs from
-    `jax.image.resize(..., "bilinear", antialias=False)`, rounded, by 1 level at most, and
-    from the exact one by less than 0.01 on average. PIL samples likewise in
-    `Image.transform` with EXTENT, but drops the fraction: that darkens an image by 0.45
-    levels, and is no faster.
+    PIL samples likewise in `Image.transform` with EXTENT, but drops the fraction: that
+    darkens an image by 0.45 levels, and is no faster.
     """
     centre = (np.arange(after) + 0.5) * (before / after) - 0.5
     first = np.floor(centre)
