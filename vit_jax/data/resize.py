@@ -15,6 +15,7 @@ about five times as fast. Of what PIL makes of a photograph, up to 0.8% of the v
 by one level of 255, rarely by two. Where it is not installed, PIL and NumPy do the same.
 """
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,20 +61,24 @@ def resize(image: Image.Image, size: tuple[int, int], method: str) -> Image.Imag
 
 def _by_cykooz(image: Image.Image, size: tuple[int, int], method: str) -> Image.Image:
     height, width = size
-    algorithm, kernel = _CYKOOZ[method]
-    # Of `ResizeAlg`, which has no constructor for interpolation, nothing else is read.
-    chosen = SimpleNamespace(
-        algorithm=cykooz_resizer.Algorithm[algorithm],
-        filter_type=cykooz_resizer.FilterType[kernel],
-        multiplicity=None,
-    )
-    options = cykooz_resizer.ResizeOptions(chosen)
+    options = _options(*_CYKOOZ[method])
     resizer = cykooz_resizer.Resizer()  # it has buffers, which threads may not share
     for shape in ((width, image.height), (width, height)):
         if shape != image.size:
             source, image = image, Image.new(image.mode, shape)
             resizer.resize_pil(source, image, options)
     return image
+
+
+@functools.cache
+def _options(algorithm: str, kernel: str) -> Any:
+    # Of `ResizeAlg`, which has no constructor for interpolation, nothing else is read.
+    chosen = SimpleNamespace(
+        algorithm=cykooz_resizer.Algorithm[algorithm],
+        filter_type=cykooz_resizer.FilterType[kernel],
+        multiplicity=None,
+    )
+    return cykooz_resizer.ResizeOptions(chosen)
 
 
 def _by_taps(image: Image.Image, size: tuple[int, int], taps: Any) -> Image.Image:
