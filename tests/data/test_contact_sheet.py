@@ -26,6 +26,12 @@ def test_the_command_draws_a_photo(photos, tmp_path):
     assert sheet.height == 36 * (1 + len(OPS) + 3)
     tiles = 36 * (5 + 5 + contact_sheet.DRAWS)
     assert tiles < sheet.width < tiles + 3 * 150
+    # Below the titles and presets, in the right column: a photo, two crops and eight.
+    top = 36 * (len(contact_sheet.all_recipes()) + 1)
+    right = np.asarray(sheet)[top:, -(36 * contact_sheet.DRAWS + 12) :]
+    tile = lambda row, i: right[36 * row : 36 * row + 32, 36 * i : 36 * i + 32]
+    filled = [sum(tile(row, i).min() < 255 for i in range(8)) for row in (1, 2, 3, 4)]
+    assert filled == [1, 2, 8, 0]
     assert output.stat().st_size < 300_000
 
 
@@ -47,6 +53,20 @@ def test_batches_are_transformed_and_mixed(photo):
     total = np.asarray(mixed[0]).astype(int) + np.asarray(mixed[1])
     assert np.abs(total - 255).max() <= 1
     assert mixed[0].tobytes() != plain[0].tobytes()
+
+
+def test_a_multi_crop_is_of_one_photo(photos):
+    """A plain photo has crops of one colour, and another photo has others."""
+    plain = Image.new("RGB", (300, 300), (90, 90, 90))
+    rows = contact_sheet.draw_multi_crop(plain, seed=1)
+    assert [name for name, _ in rows] == ["photo", "global, 224 px", "local, 96 px"]
+    assert [len(images) for _, images in rows] == [1, 2, 8]
+    assert [{image.size for image in images} for _, images in rows] == [
+        {(300, 300)}, {(224, 224)}, {(96, 96)}
+    ]  # fmt: skip
+    assert all(len(image.getcolors()) == 1 for _, images in rows for image in images)
+    crops = contact_sheet.draw_multi_crop(photos[0], seed=1)[2][1]
+    assert len({crop.tobytes() for crop in crops}) == 8
 
 
 def test_every_preset_is_on_the_sheet():

@@ -4,8 +4,9 @@
 
 On the left every operation of Google's RandAugment and of timm's, a row each, at five
 magnitudes. On the right every preset, as a model sees it: a batch of eight, augmented, then
-mixed. The operations are drawn on the first image, the presets on all in turn; without an
-image they are two photographs of scikit-learn. Everything is random in --seed alone.
+mixed; and below them DINO's multi-crop. The operations are drawn on the first image, as are
+the crops, the presets on all in turn; without an image they are two photographs of
+scikit-learn. Everything is random in --seed alone.
 """
 
 from collections.abc import Iterable, Mapping
@@ -56,6 +57,22 @@ def draw_batch(
     return [Image.fromarray(image) for image in np.rint(np.asarray(mixed)).astype(np.uint8)]
 
 
+def draw_multi_crop(photo: Image.Image, seed: int) -> list[Row]:
+    """What becomes of one photo in DINO's hands: it, the global crops and the local ones."""
+    rng = np.random.default_rng(seed)
+    transform, views = presets.dino(DRAWS)
+    first = transform(photo, rng)
+    crops = {
+        name: [view.transform(photo, rng) for _ in range(view.count)]
+        for name, view in views.items()
+    }
+    return [
+        ("photo", [photo]),
+        (f"global, {first.width} px", [first, *crops["global_2"]]),
+        (f"local, {crops['local'][0].width} px", crops["local"]),
+    ]
+
+
 def all_recipes() -> dict[str, presets.Recipe]:
     augreg = {}
     for name in presets.AUGREG:
@@ -73,7 +90,7 @@ def draw_sheet(photos: list[Image.Image], tile: int, seed: int) -> Image.Image:
         (name, draw_batch(photos, recipe, seed + i))
         for i, (name, recipe) in enumerate(all_recipes().items())
     ]
-    blocks = [
+    columns = [
         _block(
             f"Google's RandAugment at {_listed(GOOGLE_MAGNITUDES)}",
             draw_operations(photo, google, GOOGLE_MAGNITUDES, seed),
@@ -84,14 +101,26 @@ def draw_sheet(photos: list[Image.Image], tile: int, seed: int) -> Image.Image:
             draw_operations(photo, timm, TIMM_MAGNITUDES, seed),
             tile,
         ),
-        _block("presets: a batch of eight, augmented and mixed", batches, tile),
+        _stacked(
+            _block("presets: a batch of eight, augmented and mixed", batches, tile),
+            _block("DINO's multi-crop of one photo", draw_multi_crop(photos[0], seed), tile),
+        ),
     ]
-    width, height = sum(block.width for block in blocks), max(block.height for block in blocks)
+    width, height = sum(each.width for each in columns), max(each.height for each in columns)
     sheet, x = Image.new("RGB", (width, height), PAPER), 0
-    for block in blocks:
-        sheet.paste(block, (x, 0))
-        x += block.width
+    for column in columns:
+        sheet.paste(column, (x, 0))
+        x += column.width
     return sheet
+
+
+def _stacked(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    """The one above the other, their right edges in line."""
+    width, height = max(upper.width, lower.width), upper.height + lower.height
+    column = Image.new("RGB", (width, height), PAPER)
+    column.paste(upper, (width - upper.width, 0))
+    column.paste(lower, (width - lower.width, upper.height))
+    return column
 
 
 def _block(title: str, rows: list[Row], tile: int) -> Image.Image:
@@ -99,7 +128,7 @@ def _block(title: str, rows: list[Row], tile: int) -> Image.Image:
     font = ImageFont.load_default(11)
     size = tile + GAP
     names = max(int(font.getlength(name)) for name, _ in rows) + 3 * GAP
-    width = names + size * len(rows[0][1]) + 3 * GAP
+    width = names + size * max(len(images) for _, images in rows) + 3 * GAP
     block = Image.new("RGB", (width, size * (len(rows) + 1)), PAPER)
     draw = ImageDraw.Draw(block)
     draw.text((names, size // 2), title, INK, font, anchor="lm")

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,14 @@ QUICK = 0.0005
 Batch = dict[str, np.ndarray]
 Example = dict[str, Any]  # as a batch, with the bytes of its pixels and plain numbers
 DTYPES = {"label": np.int32, "mask": np.float32, "bad": np.int64}
+
+
+@dataclass(frozen=True)
+class Views:
+    """So many images more, each made by `transform` from the same decoded one."""
+
+    transform: Transform
+    count: int
 
 
 class Batches(Iterator[Batch]):
@@ -78,6 +86,7 @@ def train_batches(
     channels: int,
     batch_size: int,
     seed: int,
+    views: Mapping[str, Views] | None = None,
     repeats: int = 1,
     first_step: int = 0,
     parts: Sequence[int] = (0,),
@@ -98,6 +107,11 @@ def train_batches(
     are any, by `workers` processes.
     Of the examples the share `max_bad` may be bad images, for which others stand in.
 
+    With `views`, a batch holds more of each image, which is decoded once: under every name
+    uint8 (b, n, h, w, C), n images by a transform of their own. So multi-crop is made (arXiv
+    2006.09882, 2104.14294; `presets.dino`); no objective of this package takes several crops
+    of an image yet. Views are drawn after `image`, in the order given: they do not change it.
+
     With `repeats` R every image comes R times in a row, each time augmented anew (repeated
     augmentation, arXiv 1902.05509, as DeiT has it, arXiv 2012.12877). A batch puts the copies
     of an image far apart: first one of each image, then another of each, so that mixing finds
@@ -107,8 +121,9 @@ def train_batches(
     the n images R times. (DeiT shuffles anew after every n examples, so that chance decides
     which third of the images an epoch shows; here none is left behind.)
 
-    Raises UserError for an empty source and sizes that do not fit; and while iterating, for
-    files that cannot be read, more bad images than `max_bad` allows and labels out of range.
+    Raises UserError for an empty source, sizes that do not fit and views of a name or count
+    that cannot be; and while iterating, for files that cannot be read, more bad images than
+    `max_bad` allows and labels out of range.
     """
     import grain
 
@@ -121,7 +136,8 @@ def train_batches(
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} is out of range; choose one from 0 to 4294967295.")
-    prepare = _Prepare(transform, channels, len(source.class_names))
+    _check_views(views or {})
+    prepare = _Prepare(transform, channels, len(source.class_names), views or {})
     bad = BadImages(source, int(max_bad * len(source)))
     decoded = Replacing(source, channels, bad.limit)
     # Only positions pass through Grain here: in every example it would look for arrays, to
@@ -133,7 +149,7 @@ def train_batches(
     examples = places.random_map(_Augmented(decoded, prepare))
     steps = sys.maxsize // batch_size - first_step
     local = _Local(examples, share, steps)
-    return _iterate(local, prepare.shape, workers, threads, prefetch, bad)
+    return _iterate(local, prepare.shapes, workers, threads, prefetch, bad)
 
 
 def eval_batches(
@@ -157,17 +173,17 @@ def eval_batches(
     """
     share = _Share(batch_size, tuple(parts), part_count)
     _check(source, share)
-    prepare = _Prepare(transform, channels, len(source.class_names))
+    prepare = _Prepare(transform, channels, len(source.class_names), {})
     bad = BadImages(source, int(max_bad * len(source)))
     padded = _Padded(source, prepare, skips=bad.limit > 0)
     steps = -(-len(source) // batch_size)
     local = _Local(padded, share, steps)
-    return _iterate(local, prepare.shape, workers, threads, prefetch, bad)
+    return _iterate(local, prepare.shapes, workers, threads, prefetch, bad)
 
 
 def _iterate(
     local: "_Local",
-    shape: tuple[int, int, int],
+    shapes: dict[str, tuple[int, ...]],
     workers: int,
     threads: int,
     prefetch: int,
@@ -186,10 +202,10 @@ def _iterate(
         piece = _piece_size(size, threads)
         count = size // piece
         options = grain.ReadOptions(threads, max(prefetch * count, threads))
-        read = grain.MapDataset.source(_Pieces(local, piece, shape)).to_iter_dataset(options)
+        read = grain.MapDataset.source(_Pieces(local, piece, shapes)).to_iter_dataset(options)
         return Batches(iter(read.batch(count, batch_fn=_join)), bad)
     _mark_flags_as_parsed()
-    whole = grain.MapDataset.source(_Pieces(local, size, shape))
+    whole = grain.MapDataset.source(_Pieces(local, size, shapes))
     batches = whole.to_iter_dataset(grain.ReadOptions(1, 1))
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
     return Batches(iter(batches.mp_prefetch(options, _leave_ctrl_c_to_the_parent)), bad)
@@ -259,6 +275,17 @@ def _check(source: Source, share: "_Share") -> None:
         raise UserError("the data source holds no examples; choose another source or split.")
 
 
+def _check_views(views: Mapping[str, Views]) -> None:
+    for name, view in views.items():
+        if name in ("image", *DTYPES):
+            raise UserError(f"views cannot be named {name!r}, as batches have it: rename them.")
+        if not isinstance(view.count, int) or view.count < 1:
+            raise UserError(
+                f"the count of views {name!r} is {view.count}: make it a whole number of at "
+                "least 1."
+            )
+
+
 @dataclass(frozen=True)
 class _Share:
     """Which rows of every global batch are this process's."""
@@ -313,11 +340,11 @@ class _Local:
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Examples in stacks of `size`, with pixels of shape (H, W, C)."""
+    """Examples in stacks of `size`, with pixels of the given shapes."""
 
     examples: _Local
     size: int
-    shape: tuple[int, int, int]
+    shapes: dict[str, tuple[int, ...]]
 
     def __len__(self) -> int:
         return len(self.examples) // self.size
@@ -325,9 +352,11 @@ class _Pieces:
     def __getitem__(self, i: int) -> Batch:
         first = i * self.size
         examples = [self.examples[j] for j in range(first, first + self.size)]
-        # Faster than to make an array of each and stack them.
-        pixels = b"".join([example["image"] for example in examples])
-        stack = {"image": np.frombuffer(pixels, np.uint8).reshape(-1, *self.shape)}
+        stack = {}
+        for key, shape in self.shapes.items():
+            # Faster than to make an array of each and stack them.
+            pixels = b"".join([example[key] for example in examples])
+            stack[key] = np.frombuffer(pixels, np.uint8).reshape(-1, *shape)
         for key in examples[0].keys() - stack.keys():
             stack[key] = np.array([example[key] for example in examples], DTYPES[key])
         return stack
@@ -354,10 +383,15 @@ class _Prepare:
     transform: Transform
     channels: int
     classes: int
+    views: Mapping[str, Views]
 
     @property
-    def shape(self) -> tuple[int, int, int]:
-        return (*self.transform.image_size, self.channels)
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the arrays of pixels that an example has."""
+        return {"image": (*self.transform.image_size, self.channels)} | {
+            name: (view.count, *view.transform.image_size, self.channels)
+            for name, view in self.views.items()
+        }
 
     def __call__(
         self, example: dict[str, Any], rng: np.random.Generator | None = None
@@ -368,12 +402,16 @@ class _Prepare:
                 f"{example['name']} has label {label}, but the classes are numbered 0 to "
                 f"{self.classes - 1}; choose a split with labels, or mend the data set."
             )
-        image = self.transform(decode(example, self.channels), rng)
-        return {
-            "image": image.tobytes(),
+        whole = decode(example, self.channels)
+        prepared = {
+            "image": self.transform(whole, rng).tobytes(),
             "label": label,
             "bad": example.get("bad", bad_images.NONE),
         }
+        for name, view in self.views.items():
+            made = [view.transform(whole, rng).tobytes() for _ in range(view.count)]
+            prepared[name] = b"".join(made)
+        return prepared
 
 
 @dataclass(frozen=True)
@@ -406,9 +444,5 @@ class _Padded:
             return self._blank(i)
 
     def _blank(self, bad: int) -> Example:
-        return {
-            "image": bytes(math.prod(self.prepare.shape)),
-            "label": 0,
-            "mask": 0,
-            "bad": bad,
-        }
+        black = {key: bytes(math.prod(shape)) for key, shape in self.prepare.shapes.items()}
+        return black | {"label": 0, "mask": 0, "bad": bad}

@@ -8,13 +8,21 @@
     config.data.train_transform = recipe.transform
     config.data.update(dataclasses.asdict(recipe.mixing))
 
+and for batches of your own, since no objective here takes several crops of an image yet:
+
+    transform, views = presets.dino()
+    pipeline.train_batches(source, transform=transform, views=views, ...)
+
 Values of DeiT III and DINO are those of their published code.
 """
 
 import difflib
 from typing import NamedTuple
 
+from vit_jax.data.crops import Size
 from vit_jax.data.mixing import Mixing
+from vit_jax.data.pipeline import Views
+from vit_jax.data.preprocess import Transform, parse_transform
 from vit_jax.errors import UserError
 
 
@@ -88,3 +96,25 @@ RECIPES = {
     ),
     "dino_local": Recipe(f"random_resized_crop(0.05, 0.4)|flip|{_JITTER}|gaussian_blur(0.5)"),
 }
+
+
+def dino(
+    local_crops: int = 8,
+    global_size: Size = (224, 224),
+    local_size: Size = (96, 96),
+) -> tuple[Transform, dict[str, Views]]:
+    """DINO's multi-crop (arXiv 2104.14294): `transform` and `views` of `train_batches`.
+
+    A batch then holds, all uint8, the two large crops, which the teacher sees, as `image`
+    (b, 224, 224, C) and `global_2` (b, 1, 224, 224, C), and the small ones as `local`
+    (b, 8, 96, 96, C). The counts and sizes are the defaults of the published code; with how
+    many small crops the published weights were trained is unverified.
+    """
+
+    def made(name: str, size: Size) -> Transform:
+        return parse_transform(RECIPES[f"dino_{name}"].transform, size)
+
+    return made("global_1", global_size), {
+        "global_2": Views(made("global_2", global_size), 1),
+        "local": Views(made("local", local_size), local_crops),
+    }
