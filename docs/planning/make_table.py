@@ -1,17 +1,17 @@
-"""Makes the table of docs/planning.md: `python docs/planning/make_table.py`, with libtpu.
+"""Makes the tables of docs/planning.md: `python docs/planning/make_table.py`, with libtpu.
 
 Compiles what has no JSON file beside this script yet (minutes each; remove a file to have it
-made anew), and writes the table into the page. With `--table` it only writes the table.
+made anew), and writes the tables into the page. With `--table` it only writes the tables.
 """
 
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "planning.md"
-BEGIN, END = "<!-- table -->\n", "<!-- end of table -->\n"
 I1K = "--config=configs/vit_i1k.py:"
 
 # Name of the file, configuration, slice, fsdp, examples a device.
@@ -20,26 +20,38 @@ CASES = (
     ("b16_v5e-4x4_1024", "B/16", "v5e:4x4", 1, 1024),
     ("l16_v5e-4x4", "L/16", "v5e:4x4", 1, 32),
     ("h14_v5e-4x4", "H/14", "v5e:4x4", 16, 8),
-    ("g14_v5e-4x4", "g/14", "v5e:4x4", 16, 8),
-    ("G14_v5e-4x4", "G/14", "v5e:4x4", 16, 4),
+    ("giant14_v5e-4x4", "g/14", "v5e:4x4", 16, 8),
+    ("gigantic14_v5e-4x4", "G/14", "v5e:4x4", 16, 4),
     ("b16_v5e-16x16", "B/16", "v5e:16x16", 1, 64),
     ("l16_v5e-16x16", "L/16", "v5e:16x16", 1, 32),
     ("h14_v5e-16x16", "H/14", "v5e:16x16", 256, 16),
-    ("g14_v5e-16x16", "g/14", "v5e:16x16", 128, 8),
-    ("G14_v5e-16x16", "G/14", "v5e:16x16", 256, 16),
-    ("G14_v5e-16x16_128", "G/14", "v5e:16x16", 128, 8),
+    ("giant14_v5e-16x16", "g/14", "v5e:16x16", 128, 8),
+    ("gigantic14_v5e-16x16", "G/14", "v5e:16x16", 256, 16),
+    ("gigantic14_v5e-16x16_128", "G/14", "v5e:16x16", 128, 8),
     ("l16_v4-4x4x4", "L/16", "v4:4x4x4", 1, 64),
     ("l16_v6e-4x4", "L/16", "v6e:4x4", 1, 64),
     ("b16_v5p-4x4x4", "B/16", "v5p:4x4x4", 64, 32),
-    ("G14_v5p-4x4x4", "G/14", "v5p:4x4x4", 64, 32),
+    ("gigantic14_v5p-4x4x4", "G/14", "v5p:4x4x4", 64, 32),
+)
+
+# Of these the largest batch is searched: the same, without the examples. Names differ by more
+# than their case, which some file systems do not see.
+NETWORKS = (("b16", "B/16", 1), ("l16", "L/16", 1), ("h14", "H/14", 16))
+NETWORKS += (("giant14", "g/14", 16), ("gigantic14", "G/14", 16))
+LARGEST = tuple(
+    (f"largest_{name}_{slice_.replace(':', '-')}", variant, slice_, fsdp)
+    for slice_ in ("v5e:4x4", "v5e:16x16", "v4:4x4x4", "v5p:4x4x4", "v6e:4x4")
+    for name, variant, fsdp in NETWORKS
 )
 
 
-def command(name: str, variant: str, topology: str, fsdp: int, batch: int) -> list[str]:
+def command(
+    name: str, variant: str, topology: str, fsdp: int, batch: int | None = None
+) -> list[str]:
+    size = [f"--per_device_batch={batch}"] if batch else ["--search", "--policy=dots"]
     return [
         *(sys.executable, "-m", "vit_jax.plan", I1K + variant, f"--topology={topology}"),
-        *(f"--config.mesh.fsdp={fsdp}", f"--per_device_batch={batch}"),
-        f"--output={HERE / name}.json",
+        *(f"--config.mesh.fsdp={fsdp}", *size, f"--output={HERE / name}.json"),
     ]
 
 
@@ -77,20 +89,28 @@ HEAD = (
 )
 
 
-def table() -> str:
-    found = [HERE / f"{name}.json" for name, *_ in CASES]
-    plans = [json.loads(path.read_text()) for path in found if path.exists()]
+def found(cases: Iterable[tuple]) -> list[dict]:
+    """The plan of each case that has a file; of a search, the one with the largest batch."""
+    paths = [HERE / f"{name}.json" for name, *_ in cases]
+    read = [json.loads(path.read_text()) for path in paths if path.exists()]
+    size = lambda plan: plan["fits"] * plan["per_device_batch"]
+    return [max(plan["dots"], key=size) if "dots" in plan else plan for plan in read]
+
+
+def write_table(name: str, plans: list[dict]) -> None:
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|", *map(row, plans)]
-    return "\n".join(lines) + "\n"
+    before, _, rest = PAGE.read_text().partition(begin)
+    PAGE.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
 
 
 def main() -> None:
-    for case in CASES:
+    for case in (*CASES, *LARGEST):
         if "--table" not in sys.argv and not (HERE / f"{case[0]}.json").exists():
             print(" ".join(command(*case)[1:]), flush=True)
             subprocess.run(command(*case), cwd=HERE.parent.parent, check=False)
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    PAGE.write_text(before + BEGIN + table() + END + rest.partition(END)[2])
+    write_table("table", found(CASES))
+    write_table("largest batches", found(LARGEST))
 
 
 if __name__ == "__main__":
