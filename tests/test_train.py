@@ -18,11 +18,12 @@ from tests.interop import tiny_models
 from tests.tiny_config import LONG, TOTAL, tiny
 from vit_jax import config as configuration
 from vit_jax import train as trainer
+from vit_jax.data import sources
 from vit_jax.errors import UserError
 from vit_jax.interop import google, huggingface
 from vit_jax.processes import StopSignal
 from vit_jax.training import sharding
-from vit_jax.training.checkpoint import Checkpoints, abstract
+from vit_jax.training.checkpoint import Checkpoints, abstract, load_card
 from vit_jax.training.logging import read_metrics
 from vit_jax.training.reporting import Diverged
 
@@ -181,6 +182,90 @@ def test_the_loop_neither_recompiles_nor_moves_data_by_accident(tmp_path):
             with jax.transfer_guard("disallow"):
                 state, _ = run.learning.train_step(state, batch)
     assert run.learning.train_step._cache_size() == 1
+
+
+# --- The data are what they were ----------------------------------------------------------
+
+
+def change_digits(monkeypatch, **rows):
+    """From now on a split of the digits consists of `rows` of what it was."""
+    kind = sources._KINDS["digits"]
+
+    def changed(argument, split, data_dir):
+        whole = kind.open(argument, split, data_dir)
+        chosen = np.arange(len(whole))[rows.get(split, slice(None))]
+        images, labels = whole.images[chosen], whole.labels[chosen]
+        return sources.ArraySource(images, labels, whole.class_names, whole.name)
+
+    monkeypatch.setitem(sources._KINDS, "digits", kind._replace(open=changed))
+
+
+def files_of(workdir):
+    return {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+
+
+def test_a_card_tells_the_data_of_the_run_and_so_does_the_first_page(finished, capsys):
+    workdir, _ = finished
+    trainer.train(tiny(), workdir)
+    page = capsys.readouterr().out
+    data = load_card(workdir)["data"]
+    assert data == load_card(workdir, "best")["data"]
+    for split, name, n in [("train", "train", 1437), ("eval", "test", 360)]:
+        fingerprint = sources.fingerprint(sources.load("digits", name))
+        assert data[split] == {
+            "source": "digits",
+            "split": name,
+            "examples": n,
+            "fingerprint": fingerprint,
+        }
+        assert f"({fingerprint})" in page
+
+
+@pytest.mark.parametrize(
+    ("rows", "now"),
+    [
+        (slice(1, None), "there are 1,436 in 'train' now: its batches"),
+        (
+            np.append(np.arange(1, 1437), 0),
+            "there are 1,437 in 'train' now, with other names, labels or order: its batches",
+        ),
+    ],
+    ids=["removed", "reordered"],
+)
+def test_other_examples_to_train_on_are_refused_and_nothing_is_touched(
+    finished, monkeypatch, rows, now
+):
+    workdir, _ = finished
+    before = files_of(workdir)
+    change_digits(monkeypatch, train=rows)
+    with pytest.raises(UserError) as caught:
+        trainer.train(tiny(), workdir)
+    assert str(caught.value) == (
+        f"{workdir} was trained on 1,437 examples in 'train' of digits, and {now} would be "
+        f"others. Restore the data, or choose another --workdir"
+    )
+    assert files_of(workdir) == before
+
+
+def test_other_examples_to_evaluate_are_one_note(finished, tmp_path, monkeypatch, capsys):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    change_digits(monkeypatch, test=slice(7, None))
+    assert trainer.train(tiny(), workdir) == finished[1]  # of an evaluation made before
+    assert capsys.readouterr().err.splitlines() == [
+        f"note: {workdir} was evaluated on 360 examples in 'test' of digits, and there are 353 "
+        "in 'test' now: scores from here on do not compare with those before, yet best/ is "
+        "chosen among all"
+    ]
+
+
+def test_a_run_of_before_there_were_fingerprints_goes_on(finished, tmp_path, monkeypatch):
+    workdir = shutil.copytree(finished[0], tmp_path / "run")
+    for path in workdir.glob("checkpoints/*/card/metadata"):
+        card = json.loads(path.read_text())
+        del card["data"]
+        path.write_text(json.dumps(card))
+    change_digits(monkeypatch, train=slice(1, None))
+    assert trainer.train(tiny(), workdir) == finished[1]
 
 
 # --- The model from the weights -----------------------------------------------------------

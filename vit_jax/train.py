@@ -27,7 +27,7 @@ import vit_jax
 from vit_jax import cache, cli, experiment, processes, trained
 from vit_jax import config as configuration
 from vit_jax.data import pipeline
-from vit_jax.data.sources import Source
+from vit_jax.data.sources import Source, fingerprint
 from vit_jax.errors import UserError
 from vit_jax.interop.adapt import adapt
 from vit_jax.models.flops import train_flops
@@ -162,9 +162,23 @@ def build(config: ConfigDict) -> Run:
         card={
             "config": configuration.to_dict(config),
             "class_names": list(experiment.class_names(config, source.class_names)),
+            "data": {
+                "train": describe_data(config, config.data.train_split, source),
+                "eval": describe_data(config, config.data.eval_split, eval_source),
+            },
             "vit_jax": vit_jax.__version__,
         },
     )
+
+
+def describe_data(config: ConfigDict, split: str, source: Source) -> dict[str, Any]:
+    """What a card says of a split, to tell later whether it is still the same."""
+    return {
+        "source": config.data.source,
+        "split": split,
+        "examples": len(source),
+        "fingerprint": fingerprint(source),
+    }
 
 
 # --- Begin: the work directory's state, or a fresh one ------------------------------------
@@ -178,12 +192,14 @@ def begin(
     `before` are the weights of `config.init_from`, if they are open already.
 
     Raises:
-      UserError: the work directory belongs to a run with another configuration, or the
-        weights to begin with do not fit.
+      UserError: the work directory belongs to a run with another configuration or other
+        data, or the weights to begin with do not fit.
     """
     if stored := checkpoints.card():
         configuration.check_resumable(stored["config"], run.config, workdir)
         check_classes(stored["class_names"], run.card["class_names"], workdir)
+        if "data" in stored:  # not in cards written before there were fingerprints
+            check_data(stored["data"], run.card["data"], workdir)
     state = checkpoints.restore(abstract(run.learning.abstract_state, run.learning.shardings))
     if state is None:
         # Each device makes its own part: nobody ever holds the whole.
@@ -210,6 +226,41 @@ def check_classes(stored: list[str], found: list[str], workdir: Path) -> None:
             f"now; different: {', '.join(different[:5])}. Restore the data, or choose another "
             f"--workdir"
         )
+
+
+def check_data(stored: dict[str, Any], found: dict[str, Any], workdir: Path) -> None:
+    """Refuses to go on with other examples to train on than the run began with.
+
+    Each batch is drawn by position, so one image more or less would change all that come. The
+    evaluation split changes no weight, and may be chosen anew: there a note is enough, since
+    scores are compared, to keep the best, across the change.
+
+    Raises:
+      UserError: the training split holds other examples, in another order or with other labels.
+    """
+    if different := changed(stored["train"], found["train"]):
+        raise UserError(
+            f"{workdir} was trained on {different}: its batches would be others. Restore the "
+            f"data, or choose another --workdir"
+        )
+    different = changed(stored["eval"], found["eval"])
+    if different and processes.is_first():
+        print(
+            f"note: {workdir} was evaluated on {different}: scores from here on do not compare "
+            f"with those before, yet best/ is chosen among all",
+            file=sys.stderr,
+        )
+
+
+def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What is different about the examples of a split, or nothing."""
+    if before["fingerprint"] == now["fingerprint"]:
+        return ""
+    others = ", with other names, labels or order" * (before["examples"] == now["examples"])
+    return (
+        f"{before['examples']:,} examples in {before['split']!r} of {before['source']}, and "
+        f"there are {now['examples']:,} in {now['split']!r} now{others}"
+    )
 
 
 def take_over(state: TrainState, run: Run, before: Trained) -> TrainState:
@@ -387,6 +438,7 @@ def train(
 def describe(run: Run, state: TrainState, workdir: Path) -> str:
     """What is about to happen, in a few lines."""
     config, plan, step = run.config, run.plan, int(state.step)
+    data = run.card["data"]
     model = f"{config.model.variant} at {config.image_size[0]}x{config.image_size[1]}"
     begun = "from the beginning" if step == 0 else f"resumed at step {step}"
     if step >= plan.total:
@@ -394,8 +446,9 @@ def describe(run: Run, state: TrainState, workdir: Path) -> str:
     return (
         f"model {model}, {count_parameters(state.params):,} parameters, "
         f"{len(run.card['class_names'])} classes\n"
-        f"data {config.data.source}: {len(run.source):,} to train on, "
-        f"{len(run.eval_source):,} to evaluate\n"
+        f"data {config.data.source}: {len(run.source):,} to train on "
+        f"({data['train']['fingerprint']}), {len(run.eval_source):,} to evaluate "
+        f"({data['eval']['fingerprint']})\n"
         f"{plan.total:,} steps of {config.batch_size:,} on {run.mesh.size} "
         f"{run.mesh.devices.flat[0].device_kind} device(s), {begun}; everything in {workdir}"
         f"{divided(run)}"

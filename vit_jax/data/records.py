@@ -1,6 +1,7 @@
 """Data sets packed by `python -m vit_jax.prepare`: `records:PATH`.
 
-PATH/dataset.json                            classes, splits, where they came from
+PATH/dataset.json                            classes, splits with a digest of their images and
+                                             labels, where they came from
 PATH/train-00000-of-00004.array_record       examples 0 to n/4 of `train`, and so on
 PATH/train-labels.npy                        all its labels, int32 (N,)
 
@@ -9,6 +10,7 @@ was called where it came from). Records are neither compressed nor grouped, so t
 one read.
 """
 
+import hashlib
 import itertools
 import json
 from collections.abc import Iterable
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
 
-from vit_jax.data.sources import pick_split
+from vit_jax.data.sources import digest, pick_split
 from vit_jax.errors import UserError
 
 INFO = "dataset.json"
@@ -34,6 +36,7 @@ class RecordsSource:
     labels: np.ndarray
     class_names: tuple[str, ...]
     name: str
+    content: str  # what tells this split from others: see `open_records`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -49,6 +52,11 @@ class RecordsSource:
                 f"{self.name}[{i}] cannot be read ({reason}); copy or pack the data set again."
             ) from error
         return {**record, "name": f"{self.name}[{i}] ({record['name']})"}
+
+    def fingerprint(self, start: int, stop: int) -> str:
+        """Of labels, and of the images of the whole split as they were when it was packed."""
+        labels = self.labels[start:stop].astype(np.int64)
+        return digest(self.content, f"{start}:{stop}", labels)
 
 
 def open_records(path: str, split: str) -> RecordsSource:
@@ -83,7 +91,10 @@ def open_records(path: str, split: str) -> RecordsSource:
             f"records:{path} should hold {described['examples']} examples of {split!r}, but "
             f"has {len(records)} records and {len(labels)} labels; pack it again."
         )
-    return RecordsSource(records, labels, tuple(info["class_names"]), f"records:{path} {split}")
+    # Sets packed before there were digests have the sizes of their files, in steps of 64 KiB.
+    content = described.get("digest") or json.dumps(described["shards"], sort_keys=True)
+    name, class_names = f"records:{path} {split}", tuple(info["class_names"])
+    return RecordsSource(records, labels, class_names, name, content)
 
 
 class _Shard(NamedTuple):
@@ -150,7 +161,7 @@ def write_split(
     names = [f"{split}-{k:05}-of-{shards:05}.array_record" for k in range(shards)]
     labels: list[int] = []
     written = {}
-    remaining = iter(examples)
+    remaining, hasher = iter(examples), hashlib.blake2b(digest_size=8)
     for k, name in enumerate(names):
         share = (k + 1) * length // shards - k * length // shards
         before = len(labels)
@@ -161,11 +172,13 @@ def write_split(
             if example is not None:
                 writer.write(msgpack.packb(example._asdict()))
                 labels.append(example.label)
+                hasher.update(f"{example.label} {len(example.image)} ".encode())
+                hasher.update(example.image)
         writer.close()
         size = (folder / name).stat().st_size
         written[name] = {"examples": len(labels) - before, "bytes": size}
     np.save(folder / f"{split}-labels.npy", np.array(labels, np.int32))
-    return {"examples": len(labels), "shards": written}
+    return {"examples": len(labels), "digest": hasher.hexdigest(), "shards": written}
 
 
 def write_info(folder: Path, class_names: Iterable[str], splits: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vit_jax.data.sources import Source, pick_split
+from vit_jax.data.sources import Source, digest, pick_split
 from vit_jax.errors import UserError
 
 _INFO = "dataset_info.json"
@@ -21,6 +21,7 @@ class TfdsSource:
     label_key: str
     class_names: tuple[str, ...]
     name: str
+    prepared: str  # what was: name, config, version, split, and sizes of its files
 
     def __len__(self) -> int:
         return len(self.records)
@@ -32,6 +33,10 @@ class TfdsSource:
             "label": int(record[self.label_key]),
             "name": f"{self.name}[{i}]",
         }
+
+    def fingerprint(self, start: int, stop: int) -> str:
+        """Of what was prepared and where in it: labels lie in the records, with the images."""
+        return digest(self.prepared, self.image_key, self.label_key, f"{start}:{stop}")
 
 
 def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
@@ -54,7 +59,9 @@ def open_tfds(name: str, split: str, data_dir: str | None = None) -> Source:
             f"again elsewhere with {_build_command(name, 'OTHER_DIR')}."
         ) from error
     names = tuple(label.names or map(str, range(label.num_classes)))
-    return TfdsSource(records, image_key, label_key, names, f"tfds:{name} {split}")
+    sizes = builder.info.splits[split]
+    prepared = f"{builder.info.full_name} {split} {sizes.shard_lengths} {sizes.num_bytes}"
+    return TfdsSource(records, image_key, label_key, names, f"tfds:{name} {split}", prepared)
 
 
 def split_names(name: str, data_dir: str | None = None) -> tuple[str, ...]:
