@@ -16,6 +16,7 @@ from PIL import Image
 from vit_jax.data import bad_images, sources
 from vit_jax.data.bad_images import NONE, BadImages, Replacing
 from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.kept import Kept
 from vit_jax.errors import UserError
 from vit_jax.prepare import Options, prepare
 
@@ -243,7 +244,7 @@ def test_packing_leaves_the_bad_ones_out_and_lists_them(salted, tmp_path, capfd)
 
 def test_the_next_good_image_stands_in_for_a_bad_one(salted):
     source = sources.load(f"folder:{salted}", "all")
-    replaced = Replacing(source, 3, limit=25)
+    replaced = Replacing(Kept(source, 3), limit=25)
     is_bad = [source[i]["label"] == 0 for i in range(41)]
     for i in range(41):
         example = replaced[i]
@@ -262,7 +263,7 @@ def test_too_many_bad_images_in_a_row_are_an_error(salted):
     source = sources.load(f"folder:{salted}", "all")
     bad = [i for i in range(41) if source[i]["label"] == 0]
     with pytest.raises(BadImage) as caught:
-        Replacing(source, 3, limit=0)[bad[0]]
+        Replacing(Kept(source, 3), limit=0)[bad[0]]
     assert source[bad[0]]["name"] in str(caught.value)
 
 
@@ -292,5 +293,5 @@ def test_a_vanished_file_is_no_bad_image(salted, tmp_path):
     with pytest.raises(
         UserError, match=r"a/x\.png cannot be decoded \(.*No such file"
     ) as caught:
-        Replacing(source, 3, limit=1)[0]
+        Replacing(Kept(source, 3), limit=1)[0]
     assert not isinstance(caught.value, BadImage)

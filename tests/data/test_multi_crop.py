@@ -104,7 +104,7 @@ def test_every_view_is_of_the_image_beside_it():
 
 def test_an_image_is_decoded_once(photo, monkeypatch):
     encoded = io.BytesIO()
-    photo.resize((30, 20)).save(encoded, "PNG")
+    photo.resize((80, 60)).save(encoded, "PNG")  # too large to be kept
     opened = []
 
     class Encoded(sources.ArraySource):

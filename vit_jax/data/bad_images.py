@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.kept import Kept
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -57,14 +58,13 @@ def _reason(source: Source, i: int) -> str:
 
 @dataclass(frozen=True)
 class Replacing:
-    """The images of a source, decoded, where a good one stands in for each bad one.
+    """Images, decoded, where a good one stands in for each bad one.
 
     Examples have `bad` beside `image`, `label` and `name`: the position of the image that was
     asked for if another stands in for it, else `NONE`.
     """
 
-    source: Source
-    channels: int
+    source: Kept
     limit: int
 
     @property
@@ -78,11 +78,10 @@ class Replacing:
         """Raises UserError if more than `limit` bad images follow each other."""
         i = range(len(self))[i]
         for tries in range(min(self.limit + 1, len(self))):
-            example = self.source[(i + tries) % len(self)]
             try:
-                image = decode(example, self.channels)
+                example = self.source[(i + tries) % len(self)]
             except BadImage as error:
                 failure = error
             else:
-                return {**example, "image": image, "bad": i if tries else NONE}
+                return {**example, "bad": i if tries else NONE}
         raise failure

@@ -21,6 +21,7 @@ import numpy as np
 from vit_jax.data import bad_images
 from vit_jax.data.bad_images import BadImages, Replacing
 from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.kept import Kept
 from vit_jax.data.preprocess import Transform
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
@@ -139,7 +140,7 @@ def train_batches(
     _check_views(views or {})
     prepare = _Prepare(transform, channels, len(source.class_names), views or {})
     bad = BadImages(source, int(max_bad * len(source)))
-    decoded = Replacing(source, channels, bad.limit)
+    decoded = Replacing(Kept(source, channels), bad.limit)
     # Only positions pass through Grain here: in every example it would look for arrays, to
     # count their bytes, which small images feel.
     places = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
