@@ -16,7 +16,7 @@ INSTALL_REQUIRES = [
     "absl-py>=2.0",  # command-line flags and logging
     "array_record>=0.7",  # the files of packed data sets
     # Resizes images several times as fast as Pillow, which does it where there is no wheel.
-    'cykooz.resizer>=4.0; sys_platform != "linux" or platform_machine == "x86_64"',
+    'cykooz.resizer>=4.0; platform_machine in "x86_64 AMD64 arm64"',
     "filelock>=3.12",  # JAX needs it to bound its cache of compiled programs
     "flax>=0.12",  # the network modules (Linen)
     "grain>=0.2.12",  # the deterministic input pipeline
