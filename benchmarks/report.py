@@ -181,9 +181,11 @@ def plot(record: dict[str, Any]) -> Figure:
     tallest = max(map(len, panels.values()), default=1)
     figure, cells = _grid(len(panels), 0.25 * tallest + 0.7)
     for axes, (key, inside) in zip(cells, panels.items(), strict=False):
-        title = [f"batch {value}" if name == "batch_size" else value for name, value in key]
+        title = ", ".join(
+            f"batch {value}" if name == "batch_size" else value for name, value in key
+        )
         # Long ones would run out of the picture, for axes are what they are centred on.
-        axes.set_title(", ".join(title), fontsize=min(9, 9 * 38 / len(", ".join(title))))
+        axes.set_title(title, fontsize=min(9, 9 * 38 / len(title)))
         _bars(axes, [row["contestant"] for row in inside], [value(row) or {} for row in inside])
         if "ratio" in inside[0] and label.startswith("speed"):
             axes.axvline(1.0, color="black", linewidth=0.8)

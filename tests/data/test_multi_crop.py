@@ -1,15 +1,16 @@
 """Several crops of one image: what a batch holds of them, and that they disturb nothing."""
 
 import io
-import itertools
 import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data.test_pipeline import assert_same
+from tests.data.test_pipeline import train as train_plain
 from vit_jax.data import pipeline, presets, sources
-from vit_jax.data.pipeline import Views, train_batches
+from vit_jax.data.pipeline import Views
 from vit_jax.data.preprocess import parse_transform
 from vit_jax.errors import UserError
 
@@ -19,18 +20,8 @@ SMALL = Views(parse_transform("random_resized_crop(0.05, 0.4)|flip", (6, 4)), 3)
 VIEWS = {"large": LARGE, "small": SMALL}
 
 
-def train(source, steps, views=VIEWS, transform=AUGMENT, channels=3, **options):
-    options = {"batch_size": 8, "seed": 3, "channels": channels, "threads": 2} | options
-    with train_batches(source, transform=transform, views=views, **options) as batches:
-        return list(itertools.islice(batches, steps))
-
-
-def assert_same(left, right):
-    assert len(left) == len(right)
-    for a, b in zip(left, right, strict=True):
-        assert a.keys() == b.keys()
-        for key in a:
-            np.testing.assert_array_equal(a[key], b[key])
+def train(source, steps, views=VIEWS, transform=AUGMENT, **options):
+    return train_plain(source, steps, transform, views=views, **{"threads": 2} | options)
 
 
 @pytest.fixture(scope="module")

@@ -62,10 +62,7 @@ def draw_multi_crop(photo: Image.Image, seed: int) -> list[Row]:
     rng = np.random.default_rng(seed)
     transform, views = presets.dino(DRAWS)
     first = transform(photo, rng)
-    crops = {
-        name: [view.transform(photo, rng) for _ in range(view.count)]
-        for name, view in views.items()
-    }
+    crops = {name: view.draw(photo, rng) for name, view in views.items()}
     return [
         ("photo", [photo]),
         (f"global, {first.width} px", [first, *crops["global_2"]]),

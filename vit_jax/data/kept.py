@@ -48,6 +48,3 @@ class Kept:
             self.room -= len(pixels) + OVERHEAD
             self._kept[i] = (example["label"], example["name"], image.mode, image.size, pixels)
         return {**example, "image": image}
-
-    def fingerprint(self, start: int, stop: int) -> str:
-        return self.source.fingerprint(start, stop)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vit_jax.data import bad_images
 from vit_jax.data.bad_images import BadImages, Replacing
@@ -41,6 +42,9 @@ class Views:
 
     transform: Transform
     count: int
+
+    def draw(self, image: Image.Image, rng: np.random.Generator | None) -> list[Image.Image]:
+        return [self.transform(image, rng) for _ in range(self.count)]
 
 
 class Batches(Iterator[Batch]):
@@ -137,8 +141,9 @@ def train_batches(
         )
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} is out of range; choose one from 0 to 4294967295.")
-    _check_views(views or {})
-    prepare = _Prepare(transform, channels, len(source.class_names), views or {})
+    views = views or {}
+    _check_views(views)
+    prepare = _Prepare(transform, channels, len(source.class_names), views)
     bad = BadImages(source, int(max_bad * len(source)))
     decoded = Replacing(Kept(source, channels), bad.limit)
     # Only positions pass through Grain here: in every example it would look for arrays, to
@@ -410,8 +415,7 @@ class _Prepare:
             "bad": example.get("bad", bad_images.NONE),
         }
         for name, view in self.views.items():
-            made = [view.transform(whole, rng).tobytes() for _ in range(view.count)]
-            prepared[name] = b"".join(made)
+            prepared[name] = b"".join(made.tobytes() for made in view.draw(whole, rng))
         return prepared
 
 
