@@ -148,9 +148,18 @@ def layer_norm(eps: float, name: str) -> nn.LayerNorm:
     return nn.LayerNorm(epsilon=eps, use_fast_variance=False, dtype=jnp.float32, name=name)
 
 
+def erf_gelu(x: jax.Array) -> jax.Array:
+    """x Phi(x) with Phi of a standard normal variable (arXiv 1606.08415).
+
+    Through erf, as PyTorch has it. `jax.nn.gelu` goes through erfc, which is exact to the last
+    digits of tiny results of negative x too, and takes twice as long.
+    """
+    return 0.5 * x * (1.0 + lax.erf(x * math.sqrt(0.5)))
+
+
 GELU: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": functools.partial(jax.nn.gelu, approximate=True),  # Google's checkpoints
-    "erf": functools.partial(jax.nn.gelu, approximate=False),  # everybody else's
+    "erf": erf_gelu,  # everybody else's
 }
 
 
@@ -184,13 +193,13 @@ def attend(
     bias: jax.Array | None = None,
     kernel: str = "xla",
 ) -> tuple[jax.Array, Callable[[], jax.Array]]:
-    """Softmax attention of (B, k, N, d) queries, keys and values (Appendix A, equations 6-7).
+    """Softmax attention of (B, N, k, d) queries, keys and values (Appendix A, equations 6-7).
 
     A `bias` that broadcasts to (B, k, N, N) is added to the scaled scores. `kernel` is one of
     `ATTENTION_KERNELS`.
 
     Returns:
-      The (B, k, N, d) float32 result, and a function that returns the (B, k, N, N) weights,
+      The (B, N, k, d) float32 result, and a function that returns the (B, k, N, N) weights,
       so that nobody who does not ask for them pays for them.
 
     Raises:
@@ -203,14 +212,17 @@ def attend(
             return cudnn_attention(q, k, v, dtype), lambda: attend(q, k, v, dtype)[1]()
         if kernel == "cudnn":
             raise UserError(f"model.attention is 'cudnn', but {reason}: use 'auto' or 'xla'")
-    # Heads come before tokens, so that every product is a plain batched matrix product, and
-    # the softmax is normalised after the product with the values: d divisions a token, not N.
-    scores = contract("bhqd,bhkd->bhqk", q * q.shape[-1] ** -0.5, k, dtype)
+    # Heads are moved before tokens by the products themselves: of transposed operands XLA's
+    # compiler for CPUs takes bfloat16 back to float32, and with heads behind tokens in a
+    # result it is slow. The softmax is normalised after the product with the values: d
+    # divisions a token, not N.
+    scores = contract("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, dtype)
     scores = scores if bias is None else scores + bias
     scores = scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores)
     total = weights.sum(axis=-1, keepdims=True)
-    return contract("bhqk,bhkd->bhqd", weights, v, dtype) / total, lambda: weights / total
+    y = contract("bhqk,bkhd->bhqd", weights, v, dtype) / total
+    return y.swapaxes(1, 2), lambda: weights / total
 
 
 def why_not_cudnn(head_width: int, dtype: str, has_bias: bool) -> str | None:
@@ -235,13 +247,11 @@ def why_not_cudnn(head_width: int, dtype: str, has_bias: bool) -> str | None:
 
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str) -> jax.Array:
     """`attend` in one kernel of NVIDIA's: scores and weights never reach memory."""
-    tokens = q.shape[2]
+    tokens = q.shape[1]
 
     def prepare(x: jax.Array) -> jax.Array:
         # The backward pass takes even numbers of tokens only.
-        return jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, tokens % 2), (0, 0), (0, 0))).astype(
-            dtype
-        )
+        return jnp.pad(x, ((0, 0), (0, tokens % 2), (0, 0), (0, 0))).astype(dtype)
 
     q, k, v = prepare(q * q.shape[-1] ** -0.5), prepare(k), prepare(v)
     lengths = jnp.full(q.shape[0], tokens, jnp.int32) if tokens % 2 else None
@@ -254,4 +264,4 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str) -> jax
         key_value_seq_lengths=lengths,
         implementation="cudnn",
     )
-    return y[:, :tokens].swapaxes(1, 2).astype(jnp.float32)
+    return y[:, :tokens].astype(jnp.float32)

@@ -81,21 +81,21 @@ class RelativeBias(nn.Module):
             query (arXiv 2010.11929, D.4). Whether the paper's keys differ by head and where
             its class token stands is not said there; here they do, and it is token 0.
 
-    Takes (B, k, T, d) queries; returns (B or 1, k, T, T) float32 to add to scaled scores.
+    Takes (B, T, k, d) queries; returns (B or 1, k, T, T) float32 to add to scaled scores.
     """
 
     cfg: ViTConfig
 
     @nn.compact
     def __call__(self, q: jax.Array) -> jax.Array:
-        cfg, (rows, columns), tokens = self.cfg, self.cfg.grid, q.shape[2]
+        cfg, (rows, columns), tokens = self.cfg, self.cfg.grid, q.shape[1]
         if cfg.relative == "bias":
             shape = ((2 * rows - 1) * (2 * columns - 1) + 3, cfg.num_heads)
             table = self.param("table", nn.initializers.normal(0.02), shape)
             return jnp.moveaxis(table[relative_index(cfg.grid)], -1, 0)[None]
         init = nn.initializers.normal(0.02)
         keys = self.param("keys", init, (2 * tokens - 1, cfg.num_heads, q.shape[-1]))
-        scores = contract("bhqd,rhd->bhqr", q * q.shape[-1] ** -0.5, keys, cfg.dtype)
+        scores = contract("bqhd,rhd->bhqr", q * q.shape[-1] ** -0.5, keys, cfg.dtype)
         position = np.arange(tokens)
         index = position[:, None] - position + tokens - 1
         return jnp.take_along_axis(scores, jnp.asarray(index)[None, None], axis=-1)

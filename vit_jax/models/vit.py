@@ -54,7 +54,7 @@ class MultiHeadDotProductAttention(nn.Module):
 
         def project(name: str, tokens: jax.Array, bias: bool = True) -> jax.Array:
             dense = Dense(width, heads, cfg.dtype, xavier, use_bias=bias, name=name)
-            return dense(tokens).swapaxes(1, 2)  # (B, k, T, d)
+            return dense(tokens)  # (B, T, k, d)
 
         q, v = project("query", x), project("value", memory)
         k = project("key", memory, cfg.key_bias)
@@ -64,7 +64,7 @@ class MultiHeadDotProductAttention(nn.Module):
         kernel = cfg.attention if memory is x else "xla"  # a single query needs no fusing
         y, weights = attend(q, k, v, cfg.dtype, bias, kernel)
         out = Dense(heads, width, cfg.dtype, xavier, name="out")
-        return out(y.swapaxes(1, 2)), weights
+        return out(y), weights
 
 
 class MlpBlock(nn.Module):
