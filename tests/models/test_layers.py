@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,11 +42,54 @@ def test_gelu_forms():
 
 
 def test_attention_of_one_query_is_a_weighted_mean_and_survives_large_scores():
-    q, k, v = 100 * normal(0, 1, 2, 3, 4), 100 * normal(1, 1, 2, 5, 4), normal(2, 1, 2, 5, 4)
+    q, k, v = 100 * normal(0, 1, 3, 2, 4), 100 * normal(1, 1, 5, 2, 4), normal(2, 1, 5, 2, 4)
     y, weights = layers.attend(q, k, v, "float32")
-    scores = jnp.einsum("bhqd,bhkd->bhqk", q, k) / 2
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2
     np.testing.assert_allclose(weights(), jax.nn.softmax(scores), atol=1e-5)
-    np.testing.assert_allclose(y, weights() @ v, atol=1e-5)
+    expected = jnp.einsum("bhqk,bkhd->bqhd", weights(), v)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 3, 4), (1, 17, 1, 8), (2, 9, 2, 64)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 5e-2)])
+def test_gradients_of_attention_are_those_of_the_plain_formula(shape, dtype, tolerance):
+    def plain(q, k, v):
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) / np.sqrt(shape[-1]))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+    inputs, g = [normal(i, *shape) for i in range(3)], normal(3, *shape)
+    grad = lambda f: jax.jit(jax.grad(lambda *args: (f(*args) * g).sum(), (0, 1, 2)))(*inputs)
+    found = grad(lambda q, k, v: layers.attend(q, k, v, dtype)[0])
+    for a, b in zip(found, grad(plain), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, abs(b).max()))
+
+
+def test_large_products_run_in_bfloat16_on_a_cpu_forward_and_backward():
+    """XLA may take operands back to float32, at half the speed, without a word."""
+    width, hidden = 64, 256
+    weights = normal(0, width, 4, 16), normal(1, width, hidden), normal(2, hidden, width)
+
+    def loss(weights, x):
+        attention, widen, narrow = weights
+        q = layers.matmul(x.reshape(-1, width), attention.reshape(width, width), "bfloat16")
+        q = q.reshape(2, 40, 4, 16)
+        y = layers.attend(q, q + 1, q + 2, "bfloat16")[0].reshape(-1, width)
+        h = layers.erf_gelu(layers.matmul(y, widen, "bfloat16"))
+        return (layers.matmul(h, narrow, "bfloat16") ** 2).sum()
+
+    def operands(function, *args):
+        program = jax.jit(function).lower(*args).compile().as_text()
+        names = re.findall(r" dot\(%?([^ ,]+), %?([^ ,)]+)\)", program)
+        kind = lambda name: re.search(rf"{re.escape(name)} = (\w+)\[", program)[1]
+        return sorted("/".join(map(kind, pair)) for pair in names)
+
+    square = normal(4, width, width)
+    if operands(lambda x: layers.matmul(x, x, "bfloat16"), square) != ["bf16/bf16"]:
+        pytest.skip("XLA has no product in bfloat16 on this processor")
+    found = operands(jax.grad(loss), weights, normal(3, 2, 40, width))
+    # All but one: the gradient of the kernel that narrows, whose operand is not transposed.
+    assert found == ["bf16/bf16"] * 13 + ["f32/f32"]
 
 
 def test_dense_contracts_all_trailing_axes():

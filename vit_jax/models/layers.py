@@ -61,28 +61,54 @@ def contract(subscripts: str, x: jax.Array, y: jax.Array, dtype: str) -> jax.Arr
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def matmul(x: jax.Array, w: jax.Array, dtype: str) -> jax.Array:
-    """Matrix product (n, k) @ (k, m) -> (n, m): `dtype` operands, float32 result.
+Product = Callable[[jax.Array, jax.Array, str], jax.Array]
+
+
+def product(forward: str, to_x: str, to_y: str) -> Product:
+    """`contract(forward, x, y, dtype)` as a function of `x, y, dtype`, with its own gradient.
 
     The gradient is written out because automatic differentiation would multiply the float32
     cotangent with the bfloat16 operand in float32, at half the speed, and would keep the
-    float32 operands alive for it.
+    float32 operands alive for it. In float32 there is nothing to write out.
+
+    Args:
+      forward: subscripts of the product.
+      to_x: those that make the gradient of `x` from the cotangent and `y`.
+      to_y: those that make the gradient of `y` from `x` and the cotangent. An axis `z` in
+        front is one of length 1 that is added to both. XLA's compiler for CPUs multiplies in
+        bfloat16 only where the last axis of the first operand is summed over, and takes
+        others back to float32; over two axes it sums after having transposed the operand.
     """
-    return contract("nk,km->nm", x, w, dtype)
+
+    def forwards(x: jax.Array, y: jax.Array, dtype: str) -> tuple[jax.Array, Any]:
+        x, y = x.astype(dtype), y.astype(dtype)
+        return contract(forward, x, y, dtype), (x, y)
+
+    def backwards(dtype: str, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x, y = saved
+        dx = contract(to_x, g, y, dtype)
+        x, g = (x[None], g[None]) if to_y.startswith("z") else (x, g)
+        return dx, contract(to_y, x, g, dtype)
+
+    half = jax.custom_vjp(lambda x, y, dtype: forwards(x, y, dtype)[0], nondiff_argnums=(2,))
+    half.defvjp(forwards, backwards)
+
+    def multiply(x: jax.Array, y: jax.Array, dtype: str) -> jax.Array:
+        return contract(forward, x, y, dtype) if dtype == "float32" else half(x, y, dtype)
+
+    return multiply
 
 
-def _matmul_forward(x: jax.Array, w: jax.Array, dtype: str) -> tuple[jax.Array, Any]:
-    x, w = x.astype(dtype), w.astype(dtype)
-    return contract("nk,km->nm", x, w, dtype), (x, w)
+_widen = product("nk,km->nm", "nm,km->nk", "znk,znm->km")
+# A wide operand is not transposed: it is often computed anew, slowly in that order.
+_narrow = product("nk,km->nm", "nm,km->nk", "nk,nm->km")
+_score = product("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", "zbqhd,zbhqk->bkhd")
+_average = product("bhqk,bkhd->bhqd", "bhqd,bkhd->bhqk", "zbhqk,zbhqd->bkhd")
 
 
-def _matmul_backward(dtype: str, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, w = saved
-    return contract("nm,km->nk", g, w, dtype), contract("nk,nm->km", x, g, dtype)
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward)
+def matmul(x: jax.Array, w: jax.Array, dtype: str) -> jax.Array:
+    """Matrix product (n, k) @ (k, m) -> (n, m): `dtype` operands, float32 result."""
+    return (_widen if w.shape[0] <= w.shape[1] else _narrow)(x, w, dtype)
 
 
 def flattened(init: Initializer, num_in_axes: int) -> Initializer:
@@ -216,12 +242,12 @@ def attend(
     # compiler for CPUs takes bfloat16 back to float32, and with heads behind tokens in a
     # result it is slow. The softmax is normalised after the product with the values: d
     # divisions a token, not N.
-    scores = contract("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, dtype)
+    scores = _score(q * q.shape[-1] ** -0.5, k, dtype)
     scores = scores if bias is None else scores + bias
     scores = scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores)
     total = weights.sum(axis=-1, keepdims=True)
-    y = contract("bhqk,bkhd->bhqd", weights, v, dtype) / total
+    y = _average(weights, v, dtype) / total
     return y.swapaxes(1, 2), lambda: weights / total
 
 
