@@ -12,7 +12,7 @@ from vit_jax import cli
 
 CONTESTANTS = (
     peers.OURS,
-    "vit_jax, bf16 kernels",
+    "vit_jax, float32 kernels",
     "Flax layers",
     "timm",
     "timm, compiled",

@@ -108,8 +108,14 @@ def compile_program(function: Any, laps: Laps, *args: Any) -> Any:
 
 
 def inference(builder: str, options: dict[str, Any], task: Task) -> tuple[Run, Facts]:
+    """The network as `predict`, `embed` and `evaluate` compute it, on images already there.
+
+    They store kernels in the precision of the products. With `as_trained`, and in the
+    formulation of others, kernels stay float32 and are cast in each call.
+    """
     laps, options = Laps(), dict(options)
-    stored = "bfloat16" if options.pop("half_kernels", False) else "float32"
+    as_trained = options.pop("as_trained", builder != "ours")
+    stored = "float32" if as_trained else task.dtype
     model = build(builder, options, task)
     params = jax.jit(lambda key: store_in(stored, model.init(key)))(jax.random.key(0))
     images = jax.device_put(task.example()[0])

@@ -19,7 +19,7 @@ class Contestant(NamedTuple):
       name: as it stands in tables.
       framework: whose module, `jax_contestants` or `torch_contestants`, has the builder.
       builder: what builds the network there.
-      options: how it shall be built: fields of our `ViTConfig`, `half_kernels` and
+      options: how it shall be built: fields of our `ViTConfig`, `as_trained` and
         `keep_barriers` (see `jax_contestants`), or `compiled` of torch.
       training: what replaces that in training.
       environment: variables that its process starts with.
@@ -53,12 +53,12 @@ _COMPILED = {"compiled": True}
 _TRAINING = {"scan": True, "remat": "dots"}
 # XLA's compiler for CPUs undoes unrolled rematerialisation unless it is told not to.
 _UNROLLED_DOTS = {"remat": "dots", "keep_barriers": True}
-_HALF: dict[str, Any] = {"options": {"half_kernels": True}, "dtypes": ("bfloat16",)}
+_AS_TRAINED: dict[str, Any] = {"options": {"as_trained": True}, "dtypes": ("bfloat16",)}
 CONTESTANTS = {
     found.name: found
     for found in (
         Contestant(OURS, "jax", "ours", training=_TRAINING),
-        Contestant("vit_jax, bf16 kernels", "jax", "ours", **_HALF),
+        Contestant("vit_jax, float32 kernels", "jax", "ours", **_AS_TRAINED),
         Contestant("vit_jax, memory kept", "jax", "ours", {}, _TRAINING, KEEP_MEMORY),
         Contestant("vit_jax, scan", "jax", "ours", {"scan": True}),
         Contestant("vit_jax, remat full", "jax", "ours", {"scan": True, "remat": "full"}),

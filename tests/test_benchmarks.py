@@ -121,8 +121,8 @@ BUILT = [
 @pytest.mark.parametrize("name", BUILT)
 def test_every_contestant_of_jax_can_be_built(name):
     contestant = peers.CONTESTANTS[name]
-    half = "half_kernels" in contestant.options  # which is for inference
-    task = TINY._replace(training=not half, dtype=contestant.dtypes[-1], depth=1)
+    as_trained = "as_trained" in contestant.options  # which is for inference
+    task = TINY._replace(training=not as_trained, dtype=contestant.dtypes[-1], depth=1)
     options = {**contestant.options, **contestant.training}
     run, facts = jax_contestants.prepare(contestant.builder, options, task, 2)
     run()
