@@ -4,12 +4,14 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -27,6 +29,7 @@ from vit_jax.planning.search import best, largest, search
 from vit_jax.planning.step import Memory, Plan, gib, make_plan, refused, undivided
 from vit_jax.planning.target import Target, topology
 from vit_jax.training import sharding
+from vit_jax.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parent.parent
 TINY = "tests/tiny_config.py"
@@ -510,3 +513,29 @@ def test_a_batch_that_no_tpu_holds():
 @needs_libtpu
 def test_a_slice_that_does_not_exist():
     assert_one_sentence(run("--topology=v5e:3x5"), "--topology=v5e:3x5", "such as v5e:4x4")
+
+
+@needs_libtpu
+def test_the_optimizer_passes_once_over_each_array_on_a_tpu():
+    config = configuration.get_config().optimizer
+    config.update({"weight_decay": 0.1, "clip_norm": 1.0})
+    optimizer = make_optimizer(config, optax.constant_schedule(1e-3))
+    mesh = sharding.make_mesh(devices=topology("v5e:2x2").devices[:1])
+
+    def update(params, state, grads):
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    placed = lambda tree: jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=sharding.replicated(mesh)
+        ),
+        tree,
+    )
+    params = placed({"kernel": jax.ShapeDtypeStruct((2048, 1024), jnp.float32)})
+    state = placed(jax.eval_shape(optimizer.init, params))
+    program = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, params).compile()
+    results = re.findall(r" = (\S.*?) fusion\(", program.as_text())
+    made = [len(re.findall(r"f32\[2048,1024\]", shapes)) for shapes in results]
+    # One loop makes the weights and both moments; the norm for clipping is a scalar.
+    assert [count for count in made if count] == [3]
