@@ -60,6 +60,8 @@ class Machine:
             stderr=pipe,
             text=True,
             cwd=ROOT,
+            # A suite started in the background ignores Ctrl-C, and so would the script.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def run(self, script: str, *arguments: str, **variables: str):
