@@ -25,6 +25,13 @@ STOPPED = "stopped by a signal, state saved: run the same command to continue"
 FLAGS = ["--config=configs/vit_i1k.py:B/16", "--workdir=/gcs/runs/b16", "--config.seed=1"]
 
 
+# A suite that was started in the background ignores Ctrl-C, and so would its scripts.
+HEARING = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
+
+
 class Machine:
     """A folder of stand-ins, first on PATH, and the list of calls that they got."""
 
@@ -50,7 +57,7 @@ class Machine:
 
     def start(self, script: str, *arguments: str, **variables: str) -> subprocess.Popen:
         env = {"PATH": f"{self.bin}:{os.environ['PATH']}", "HOME": str(self.folder)}
-        command = ["bash", str(LAUNCH / script), *arguments]
+        command = [sys.executable, "-c", HEARING, "bash", str(LAUNCH / script), *arguments]
         pipe = subprocess.PIPE
         return subprocess.Popen(
             command,
@@ -60,8 +67,6 @@ class Machine:
             stderr=pipe,
             text=True,
             cwd=ROOT,
-            # A suite started in the background ignores Ctrl-C, and so would the script.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def run(self, script: str, *arguments: str, **variables: str):
