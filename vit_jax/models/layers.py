@@ -251,20 +251,18 @@ def attend(
     # heads before tokens: of transposed operands XLA takes bfloat16 back to float32 there. For
     # TPUs a training step would need up to 2% more memory that way (B/16, compiled for a v5p).
     q = q * q.shape[-1] ** -0.5
-    if platform() == "cpu":
-        scores = _score(q, k, dtype)
-    else:
+    score, average = _score, _average
+    if platform() != "cpu":
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        scores = contract("bhqd,bhkd->bhqk", q, k, dtype)
+        score = functools.partial(contract, "bhqd,bhkd->bhqk")
+        average = functools.partial(contract, "bhqk,bhkd->bhqd")
+    scores = score(q, k, dtype)
     scores = scores if bias is None else scores + bias
     scores = scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     weights = jnp.exp(scores)
     total = weights.sum(axis=-1, keepdims=True)
-    if platform() == "cpu":
-        y = _average(weights, v, dtype)
-    else:
-        y = contract("bhqk,bhkd->bhqd", weights, v, dtype)
-    return (y / total).swapaxes(1, 2), lambda: weights / total
+    y = average(weights, v, dtype) / total
+    return y.swapaxes(1, 2), lambda: weights / total
 
 
 def why_not_cudnn(head_width: int, dtype: str, has_bias: bool) -> str | None:
