@@ -16,7 +16,9 @@ from typing import Any
 
 from vit_jax.errors import UserError
 
-PACKAGES = ("vit_jax", "jax", "jaxlib", "flax", "optax", "torch", "timm", "transformers")
+PACKAGES = (
+    *("vit_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "torch", "timm", "transformers"),
+)
 
 
 def limit_threads(count: int | None) -> int:

@@ -12,6 +12,7 @@ import optax
 from benchmarks.task import Task, product_size
 from vit_jax import config as configuration
 from vit_jax.models import vit
+from vit_jax.models.devices import split_by_example
 from vit_jax.models.layers import store_in
 from vit_jax.models.model import Model
 from vit_jax.models.vit_config import ViTConfig
@@ -35,7 +36,7 @@ class FlaxBlock(nn.Module):
         cfg, norm = self.cfg, lambda: nn.LayerNorm(epsilon=self.cfg.layer_norm_eps)
         x = x + nn.MultiHeadDotProductAttention(cfg.num_heads, dtype=self.dtype)(norm()(x))
         y = nn.gelu(nn.Dense(cfg.mlp_dim, dtype=self.dtype)(norm()(x)), approximate=False)
-        return x + nn.Dense(cfg.width, dtype=self.dtype)(y)
+        return split_by_example(x + nn.Dense(cfg.width, dtype=self.dtype)(y))
 
 
 class FlaxViT(nn.Module):
@@ -57,15 +58,32 @@ class FlaxViT(nn.Module):
         x = jnp.concatenate([jnp.tile(cls, (len(x), 1, 1)), x], axis=1)
         positions = nn.initializers.normal(0.02)
         x = x + self.param("positions", positions, (1, *x.shape[1:])).astype(x.dtype)
-        for _ in range(cfg.depth):
-            x = FlaxBlock(cfg, self.dtype)(x)
+        x = self.blocks(split_by_example(x))
         x = nn.LayerNorm(epsilon=cfg.layer_norm_eps)(x)
         return nn.Dense(cfg.num_classes)(x[:, 0])
 
+    def blocks(self, x: jax.Array) -> jax.Array:
+        """One after another, or a loop with `scan`; `dots` keeps results of dense layers."""
+        cfg, block = self.cfg, FlaxBlock
+        if cfg.remat != "none":
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = keep if cfg.remat == "dots" else None
+            block = nn.remat(block, policy=policy, prevent_cse=not cfg.scan)
+        if not cfg.scan:
+            for _ in range(cfg.depth):
+                x = block(cfg, self.dtype)(x)
+            return x
+        body = lambda module, x: (module(x), None)
+        loop = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        return nn.scan(body, length=cfg.depth, **loop)(block(cfg, self.dtype), x)[0]
 
-def flax_layers(cfg: ViTConfig) -> Model:
-    """The same behind our own seam, so that one training step serves both."""
-    module = FlaxViT(cfg, jnp.dtype(cfg.dtype))
+
+def flax_layers(cfg: ViTConfig, dtype: Any = None) -> Model:
+    """The same behind our own seam, so that one training step serves both.
+
+    `dtype` replaces that of `cfg`, which cannot be float64.
+    """
+    module = FlaxViT(cfg, jnp.dtype(dtype or cfg.dtype))
 
     def init(key: jax.Array) -> Any:
         return module.init(key, jnp.zeros((1, *cfg.image_size, cfg.channels)))["params"]

@@ -24,6 +24,7 @@ OPERATIONAL = (
     "checkpoint_every",
     "keep_checkpoints",
     "profile",
+    "model.unroll",
     "eval_batch_size",
     "mesh.",
     "data.data_dir",
@@ -43,6 +44,7 @@ OF_THE_RUN = (
     "dtype",
     "attention",
     "scan",
+    "unroll",
     "remat",
     "head_bias_init",
     "representation_size",
@@ -105,8 +107,11 @@ def get_config() -> ConfigDict:
     model.gelu = "tanh"  # tanh | erf
     model.layer_norm_eps = 1e-6
     model.dtype = "float32"  # operands of matrix products: float32 | bfloat16
-    model.attention = "auto"  # auto | xla | cudnn (one fused kernel, on NVIDIA GPUs)
+    model.attention = "auto"  # auto | xla | cudnn (NVIDIA GPUs) | pallas (TPUs, never timed)
     model.scan = placeholder(bool)  # one compiled block for all layers; None: where possible
+    # Layers in one turn of that loop. None: 1, and on TPUs all of up to 24, which takes longer
+    # to compile and moves less.
+    model.unroll = placeholder(int)
     # none | dots | full: what is recomputed in the backward pass to save memory. dots keeps the
     # results of dense layers, which costs little. None: dots where layers are scanned.
     model.remat = placeholder(str)

@@ -33,8 +33,11 @@ Objective = Classification | MaskedPatches
 OBJECTIVES = ("classification", "masked_patches")
 
 
-def build_model(config: ConfigDict, num_classes: int) -> Model:
-    """Returns the network of a `config`.
+Builder = Callable[[Any], Model]
+
+
+def build_model(config: ConfigDict, num_classes: int, build: Builder = registry.build) -> Model:
+    """Returns the network of a `config`, which `build` makes of its checked description.
 
     Raises:
       UserError: there is no such variant, or a field does not fit it.
@@ -45,7 +48,7 @@ def build_model(config: ConfigDict, num_classes: int) -> Model:
             "B/16, or set config.init_from to weights that bring their own"
         )
     cfg = registry.configure(config.model, config.image_size, config.data.channels, num_classes)
-    return registry.build(cfg)
+    return build(cfg)
 
 
 def with_computation_chosen(config: ConfigDict) -> ConfigDict:
@@ -73,7 +76,9 @@ def class_names(config: ConfigDict, found: Sequence[str]) -> tuple[str, ...]:
     return tuple(found) if config.objective.name == "classification" else ()
 
 
-def build_objective(config: ConfigDict, num_classes: int) -> Objective:
+def build_objective(
+    config: ConfigDict, num_classes: int, build: Builder = registry.build
+) -> Objective:
     """Raises UserError for an objective that does not exist or does not fit the rest."""
     objective = config.objective
     if objective.name not in OBJECTIVES:
@@ -81,14 +86,14 @@ def build_objective(config: ConfigDict, num_classes: int) -> Objective:
             f"objective.name is {objective.name!r}: use one of {', '.join(OBJECTIVES)}"
         )
     if objective.name == "classification":
-        model = build_model(config, num_classes)
+        model = build_model(config, num_classes, build)
         return Classification(model, objective.loss, objective.label_smoothing)
     if build_mixing(config).mixes:
         raise UserError(
             f"data.mixup is {config.data.mixup} and data.cutmix {config.data.cutmix}, which "
             f"mix labels, but objective.name={objective.name!r} has none: set both to 0"
         )
-    return MaskedPatches(build_model(config, 0), objective.target, objective.mask_ratio)
+    return MaskedPatches(build_model(config, 0, build), objective.target, objective.mask_ratio)
 
 
 def build_mixing(config: ConfigDict) -> mixing.Mixing:
@@ -209,7 +214,13 @@ class Learning(NamedTuple):
     eval_step: Any
 
 
-def build_learning(config: ConfigDict, mesh: Mesh, num_classes: int, examples: int) -> Learning:
+def build_learning(
+    config: ConfigDict,
+    mesh: Mesh,
+    num_classes: int,
+    examples: int,
+    build: Builder = registry.build,
+) -> Learning:
     """The computation of a configuration on a mesh, whose devices need not be there.
 
     Args:
@@ -217,11 +228,12 @@ def build_learning(config: ConfigDict, mesh: Mesh, num_classes: int, examples: i
       mesh: of `training.sharding.make_mesh`.
       num_classes: of the data.
       examples: in an epoch.
+      build: makes the network.
 
     Raises:
       UserError: a field does not fit the rest.
     """
-    objective = build_objective(config, num_classes)
+    objective = build_objective(config, num_classes, build)
     schedule = build_schedule(config, examples)
     optimizer = make_optimizer(config.optimizer, schedule)
     step = make_train_step(

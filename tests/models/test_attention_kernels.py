@@ -14,7 +14,7 @@ from jax import export
 
 from vit_jax.analysis.attention import with_attention_summary
 from vit_jax.errors import UserError
-from vit_jax.models import layers, vit
+from vit_jax.models import attention, devices, vit
 from vit_jax.models.vit_config import ViTConfig
 
 SMALL = {
@@ -40,7 +40,7 @@ class Card:
 
 
 def pretend(monkeypatch, card):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(devices, "platform", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda *_: [card])
 
 
@@ -73,7 +73,7 @@ def images(cfg):
 )
 def test_limits(monkeypatch, card, head_width, dtype, bias, reason):
     pretend(monkeypatch, card)
-    found = layers.why_not_cudnn(head_width, dtype, bias)
+    found = attention.why_not_cudnn(head_width, dtype, bias)
     assert found is None if reason is None else reason in found
 
 
@@ -99,10 +99,10 @@ def test_the_branch_computes_the_same_network(monkeypatch, pool, tokens):
         return (model.apply(params, images)[0] ** 2).sum()
 
     batch = images(plain.config)
+    pretend(monkeypatch, Card())
     expected = jax.value_and_grad(loss)(params, plain, batch)
     summary, _ = with_attention_summary(plain, params)
     rollout = summary.apply(params, batch)[1]["attention_rollout"]
-    pretend(monkeypatch, Card())
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     found = jax.value_and_grad(loss)(params, fused, batch)
 

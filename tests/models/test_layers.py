@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models import layers
+from vit_jax.models import attention, kernels, layers
 
 
 def normal(seed, *shape):
@@ -17,7 +17,7 @@ def normal(seed, *shape):
 def test_gradients_of_matmul_are_those_of_the_plain_product(dtype, tolerance):
     x, w, g = normal(0, 6, 5), normal(1, 5, 4), normal(2, 6, 4)
     loss = lambda product: lambda x, w: (product(x, w) * g).sum()
-    found = jax.grad(loss(lambda x, w: layers.matmul(x, w, dtype)), (0, 1))(x, w)
+    found = jax.grad(loss(lambda x, w: kernels.matmul(x, w, dtype)), (0, 1))(x, w)
     expected = jax.grad(loss(jnp.matmul), (0, 1))(x, w)
     for a, b in zip(found, expected, strict=True):
         assert a.dtype == jnp.float32
@@ -26,7 +26,7 @@ def test_gradients_of_matmul_are_those_of_the_plain_product(dtype, tolerance):
 
 def test_layer_norm_keeps_its_digits_when_the_mean_is_large():
     x = np.asarray(normal(0, 4, 64), np.float64) + 1000.0
-    norm = layers.layer_norm(1e-6, "norm")
+    norm = layers.layer_norm(1e-6, "float32", "norm")
     found = norm.apply(norm.init(jax.random.key(0), jnp.zeros((4, 64))), jnp.float32(x))
     x = np.asarray(np.float32(x), np.float64)
     expected = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
@@ -44,7 +44,7 @@ def test_gelu_forms():
 
 def test_attention_of_one_query_is_a_weighted_mean_and_survives_large_scores():
     q, k, v = 100 * normal(0, 1, 3, 2, 4), 100 * normal(1, 1, 5, 2, 4), normal(2, 1, 5, 2, 4)
-    y, weights = layers.attend(q, k, v, "float32")
+    y, weights = attention.attend(q, k, v, "float32")
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / 2
     np.testing.assert_allclose(weights(), jax.nn.softmax(scores), atol=1e-5)
     expected = jnp.einsum("bhqk,bkhd->bqhd", weights(), v)
@@ -60,7 +60,7 @@ def test_gradients_of_attention_are_those_of_the_plain_formula(shape, dtype, tol
 
     inputs, g = [normal(i, *shape) for i in range(3)], normal(3, *shape)
     grad = lambda f: jax.jit(jax.grad(lambda *args: (f(*args) * g).sum(), (0, 1, 2)))(*inputs)
-    found = grad(lambda q, k, v: layers.attend(q, k, v, dtype)[0])
+    found = grad(lambda q, k, v: attention.attend(q, k, v, dtype)[0])
     for a, b in zip(found, grad(plain), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, atol=tolerance * max(1.0, abs(b).max()))
@@ -72,12 +72,12 @@ def test_large_products_run_in_bfloat16_on_a_cpu_forward_and_backward():
     weights = normal(0, width, 4, 16), normal(1, width, hidden), normal(2, hidden, width)
 
     def loss(weights, x):
-        attention, widen, narrow = weights
-        q = layers.matmul(x.reshape(-1, width), attention.reshape(width, width), "bfloat16")
+        to_heads, widen, narrow = weights
+        q = kernels.matmul(x.reshape(-1, width), to_heads.reshape(width, width), "bfloat16")
         q = q.reshape(2, 40, 4, 16)
-        y = layers.attend(q, q + 1, q + 2, "bfloat16")[0].reshape(-1, width)
-        h = layers.erf_gelu(layers.matmul(y, widen, "bfloat16"))
-        return (layers.matmul(h, narrow, "bfloat16") ** 2).sum()
+        y = attention.attend(q, q + 1, q + 2, "bfloat16")[0].reshape(-1, width)
+        h = layers.erf_gelu(kernels.matmul(y, widen, "bfloat16"))
+        return (kernels.matmul(h, narrow, "bfloat16") ** 2).sum()
 
     def operands(function, *args):
         program = jax.jit(function).lower(*args).compile().as_text()
@@ -86,7 +86,7 @@ def test_large_products_run_in_bfloat16_on_a_cpu_forward_and_backward():
         return sorted("/".join(map(kind, pair)) for pair in names)
 
     square = normal(4, width, width)
-    if operands(lambda x: layers.matmul(x, x, "bfloat16"), square) != ["bf16/bf16"]:
+    if operands(lambda x: kernels.matmul(x, x, "bfloat16"), square) != ["bf16/bf16"]:
         pytest.skip("XLA has no product in bfloat16 on this processor")
     found = operands(jax.grad(loss), weights, normal(3, 2, 40, width))
     # All but one: the gradient of the kernel that narrows, whose operand is not transposed.

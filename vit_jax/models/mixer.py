@@ -21,14 +21,16 @@ import jax.numpy as jnp
 
 from vit_jax.errors import UserError
 from vit_jax.models.checks import check_choices, check_positive, check_rates, check_tiles
+from vit_jax.models.devices import split_by_example
 from vit_jax.models.layers import (
     GELU,
     REMAT_POLICIES,
     Dense,
     StochasticDepth,
+    add,
     layer_norm,
     patchify,
-    split_by_example,
+    remat_policy,
 )
 from vit_jax.models.model import EditPatches, Model, Out, Params
 
@@ -110,13 +112,15 @@ class MixerBlock(nn.Module):
         def branch(y: jax.Array) -> jax.Array:
             return StochasticDepth()(y, drop_rate) if self.train and drop_rate else y
 
-        y = layer_norm(cfg.layer_norm_eps, "LayerNorm_0")(x).swapaxes(1, 2)  # (B, D, N)
+        y = layer_norm(cfg.layer_norm_eps, cfg.dtype, "LayerNorm_0")(x).swapaxes(
+            1, 2
+        )  # (B, D, N)
         y = mlp(cfg.tokens_mlp_dim, "token_mixing")(y).swapaxes(1, 2)
         out["token_mixing"] = y
-        x = split_by_example(x + branch(y))
-        y = layer_norm(cfg.layer_norm_eps, "LayerNorm_1")(x)
+        x = split_by_example(add(x, branch(y)))
+        y = layer_norm(cfg.layer_norm_eps, cfg.dtype, "LayerNorm_1")(x)
         out["channel_mixing"] = y = mlp(cfg.mlp_dim, "channel_mixing")(y)
-        out["output"] = x = split_by_example(x + branch(y))
+        out["output"] = x = split_by_example(add(x, branch(y)))
         return x, out
 
 
@@ -139,16 +143,26 @@ class MlpMixer(nn.Module):
         out["patch_embedding"] = x = stem(patchify(images, cfg.patch_size))
         if cfg.remat != "none":
             # The rate decides in Python whether a branch draws at all: keep it a number.
-            block = nn.remat(block, policy=REMAT_POLICIES[cfg.remat], static_argnums=(2,))
+            block = nn.remat(
+                block, policy=remat_policy(cfg.remat, cfg.dtype), static_argnums=(2,)
+            )
         for i, rate in enumerate(cfg.block_rates):
             name = f"MixerBlock_{i}"
             x, inside = block(cfg, self.train, name=name)(x, rate)
             out |= {f"{name}/{key}": value for key, value in inside.items()}
-        out["encoded"] = x = layer_norm(cfg.layer_norm_eps, "pre_head_layer_norm")(x)
-        out["pooled"] = out["pre_logits"] = y = x.mean(axis=1)
+        out["encoded"] = x = layer_norm(cfg.layer_norm_eps, cfg.dtype, "pre_head_layer_norm")(x)
+        out["pooled"] = out["pre_logits"] = y = x.mean(axis=1, dtype=jnp.float32)
         if cfg.num_classes:
             zeros, bias = nn.initializers.zeros, nn.initializers.constant(cfg.head_bias_init)
-            head = Dense(y.shape[-1:], (cfg.num_classes,), cfg.dtype, zeros, bias, name="head")
+            head = Dense(
+                y.shape[-1:],
+                (cfg.num_classes,),
+                cfg.dtype,
+                zeros,
+                bias,
+                exact=True,
+                name="head",
+            )
             y = head(y)
         out["logits"] = y
         return y, out

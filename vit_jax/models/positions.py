@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.models.layers import contract
+from vit_jax.models.kernels import contract
 from vit_jax.models.vit_config import ViTConfig
 
 

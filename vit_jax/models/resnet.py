@@ -30,7 +30,8 @@ from jax import lax
 
 from vit_jax.errors import UserError
 from vit_jax.models.checks import check_choices, check_positive
-from vit_jax.models.layers import REMAT_POLICIES, Dense, split_by_example
+from vit_jax.models.devices import split_by_example
+from vit_jax.models.layers import Dense, remat_policy
 from vit_jax.models.model import EditPatches, Model, Out, Params
 
 
@@ -129,7 +130,7 @@ class ResNetStage(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         unit = ResidualUnit
         if self.remat != "none":
-            unit = nn.remat(unit, policy=REMAT_POLICIES[self.remat])
+            unit = nn.remat(unit, policy=remat_policy(self.remat, self.dtype))
         for u in range(self.size):
             stride = self.stride if u == 0 else 1
             x = split_by_example(unit(self.width, stride, self.dtype, name=f"unit{u + 1}")(x))
@@ -231,7 +232,15 @@ class ResNet(nn.Module):
         out["pooled"] = out["pre_logits"] = y = maps[-1].mean(axis=(1, 2))
         if cfg.num_classes:
             zeros, bias = nn.initializers.zeros, nn.initializers.constant(cfg.head_bias_init)
-            head = Dense(y.shape[-1:], (cfg.num_classes,), cfg.dtype, zeros, bias, name="head")
+            head = Dense(
+                y.shape[-1:],
+                (cfg.num_classes,),
+                cfg.dtype,
+                zeros,
+                bias,
+                exact=True,
+                name="head",
+            )
             y = head(y)
         out["logits"] = y
         return y, out

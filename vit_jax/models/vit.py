@@ -22,16 +22,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vit_jax.models import devices
+from vit_jax.models.attention import attend
+from vit_jax.models.devices import split_by_example
+from vit_jax.models.kernels import stored
 from vit_jax.models.layers import (
     GELU,
-    REMAT_POLICIES,
     Dense,
     LayerScale,
     StochasticDepth,
-    attend,
+    add,
     layer_norm,
     patchify,
-    split_by_example,
+    remat_policy,
+    swish_gate,
 )
 from vit_jax.models.model import EditPatches, Model, Out, Params
 from vit_jax.models.positions import PositionEmbedding, RelativeBias
@@ -63,7 +67,8 @@ class MultiHeadDotProductAttention(nn.Module):
             bias = RelativeBias(cfg, name="relative")(q)
         kernel = cfg.attention if memory is x else "xla"  # a single query needs no fusing
         y, weights = attend(q, k, v, cfg.dtype, bias, kernel)
-        out = Dense(heads, width, cfg.dtype, xavier, name="out")
+        # Its result is as cheap to compute again as to read back, and takes memory.
+        out = Dense(heads, width, cfg.dtype, xavier, keep=False, name="out")
         return out(y), weights
 
 
@@ -84,7 +89,7 @@ class MlpBlock(nn.Module):
         dropout = nn.Dropout(cfg.dropout, deterministic=not self.train)
         h = Dense(width, hidden, cfg.dtype, *inits, name="Dense_0")(x)
         if cfg.mlp == "swiglu":
-            h *= jax.nn.silu(Dense(width, hidden, cfg.dtype, *inits, name="gate")(x))
+            h = swish_gate(h, Dense(width, hidden, cfg.dtype, *inits, name="gate")(x))
         else:
             h = GELU[cfg.gelu](h)
         return dropout(Dense(hidden, width, cfg.dtype, *inits, name="Dense_1")(dropout(h)))
@@ -106,10 +111,10 @@ class EncoderBlock(nn.Module):
     ) -> tuple[jax.Array, Out]:
         cfg, out = self.cfg, {}
         if cfg.posemb_at == "layers":
-            z = z + PositionEmbedding(cfg, name="posembed_input")()
+            z = add(z, PositionEmbedding(cfg, name="posembed_input")())
         elif shared is not None:
-            z = z + shared
-        norm = lambda i: layer_norm(cfg.layer_norm_eps, f"LayerNorm_{i}")
+            z = add(z, shared)
+        norm = lambda i: layer_norm(cfg.layer_norm_eps, cfg.dtype, f"LayerNorm_{i}")
 
         def branch(y: jax.Array, i: int) -> jax.Array:
             if cfg.layer_scale_init is not None:
@@ -124,9 +129,9 @@ class EncoderBlock(nn.Module):
         if self.return_attention:
             out["attention"] = weights()
         out["msa"] = y = nn.Dropout(cfg.dropout, deterministic=not self.train)(y)
-        z = split_by_example(z + branch(y, 0))
+        z = split_by_example(add(z, branch(y, 0)))
         out["mlp"] = y = MlpBlock(cfg, self.train, name="MlpBlock_0")(norm(1)(z))
-        out["output"] = z = split_by_example(z + branch(y, 1))
+        out["output"] = z = split_by_example(add(z, branch(y, 1)))
         return z, out
 
 
@@ -143,11 +148,14 @@ class Encoder(nn.Module):
         z, shared = tokens, None
         if cfg.posemb_at != "layers":
             table = PositionEmbedding(cfg, name="posembed_input")()
-            z, shared = (tokens, table) if cfg.posemb_at == "shared" else (tokens + table, None)
+            z, shared = (
+                (tokens, table) if cfg.posemb_at == "shared" else (add(tokens, table), None)
+            )
         if cfg.registers:
             init = nn.initializers.normal(0.02)
             registers = self.param("registers", init, (1, cfg.registers, cfg.width))
-            registers = jnp.broadcast_to(registers, (z.shape[0], *registers.shape[1:]))
+            shape = (z.shape[0], *registers.shape[1:])
+            registers = jnp.broadcast_to(registers.astype(z.dtype), shape)
             before = cfg.positioned_prefix  # after the class token, before the patches
             z = jnp.concatenate([z[:, :before], registers, z[:, before:]], axis=1)
         z = split_by_example(nn.Dropout(cfg.dropout, deterministic=not self.train)(z))
@@ -156,7 +164,7 @@ class Encoder(nn.Module):
         for i, block in enumerate(blocks):
             out |= {f"encoderblock_{i}/{name}": value for name, value in block.items()}
         if cfg.final_norm == "encoder":
-            z = layer_norm(cfg.layer_norm_eps, "encoder_norm")(z)
+            z = layer_norm(cfg.layer_norm_eps, cfg.dtype, "encoder_norm")(z)
         out["encoded"] = z
         return z, out
 
@@ -164,7 +172,7 @@ class Encoder(nn.Module):
         cfg, block = self.cfg, EncoderBlock
         if cfg.remat != "none":
             # Under scan the loop itself keeps XLA from merging the recomputation away.
-            policy = REMAT_POLICIES[cfg.remat]
+            policy = remat_policy(cfg.remat, cfg.dtype)
             block = nn.remat(block, policy=policy, prevent_cse=not cfg.scan)
         if not cfg.scan:
             outs = []
@@ -180,9 +188,28 @@ class Encoder(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
             length=cfg.depth,
+            unroll=unroll(cfg),
         )(cfg, self.train, self.return_attention, name="encoderblock")
         z, stacked = layers(z, jnp.asarray(cfg.block_rates), shared)
         return z, [{k: v[i] for k, v in stacked.items()} for i in range(cfg.depth)]
+
+
+# Up to so many layers a TPU's program has them one after another; more would compile too long.
+UNROLLED = 24
+
+
+def unroll(cfg: ViTConfig) -> int:
+    """How many layers one turn of the loop over layers computes.
+
+    The parameters are stacked either way. A loop also stacks what it keeps for the gradient:
+    it writes it twice, for the layer itself and for the stack, and reads it out of the stack
+    again, a quarter more than a TPU's step moves otherwise. But it compiles in a fifth of the
+    time.
+    """
+    if cfg.unroll is not None:
+        return min(cfg.unroll, cfg.depth)
+    compact = stored(cfg.dtype) == jnp.bfloat16 and devices.platform() == "tpu"
+    return cfg.depth if compact and cfg.depth <= UNROLLED else 1
 
 
 class MAPHead(nn.Module):
@@ -195,11 +222,11 @@ class MAPHead(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         cfg = self.cfg
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, cfg.width))
-        probe = jnp.broadcast_to(probe, (tokens.shape[0], 1, cfg.width))
+        probe = jnp.broadcast_to(probe.astype(tokens.dtype), (tokens.shape[0], 1, cfg.width))
         attention = MultiHeadDotProductAttention(cfg, name="MultiHeadDotProductAttention_0")
         x, _ = attention(probe, tokens)
-        y = layer_norm(cfg.layer_norm_eps, "LayerNorm_0")(x)
-        return (x + MlpBlock(cfg, self.train, name="MlpBlock_0")(y))[:, 0]
+        y = layer_norm(cfg.layer_norm_eps, cfg.dtype, "LayerNorm_0")(x)
+        return add(x, MlpBlock(cfg, self.train, name="MlpBlock_0")(y))[:, 0]
 
 
 class VisionTransformer(nn.Module):
@@ -229,13 +256,14 @@ class VisionTransformer(nn.Module):
         tokens = self.prepend("dist", tokens) if cfg.distillation != "none" else tokens
         tokens = self.prepend("cls", tokens) if cfg.has_class_token else tokens
         z, out = Encoder(cfg, self.train, self.return_attention, name="Transformer")(tokens)
-        y = self.pool(z)
+        y = self.pool(z).astype(jnp.float32)  # from here on: one vector an image
         if cfg.final_norm == "pooled":
-            y = layer_norm(cfg.layer_norm_eps, "fc_norm")(y)
+            y = layer_norm(cfg.layer_norm_eps, "float32", "fc_norm")(y)
         out |= {"patch_embedding": patches, "pooled": y}
         if cfg.representation_size:
             hidden = (cfg.representation_size,)
-            y = jnp.tanh(Dense(y.shape[-1:], hidden, cfg.dtype, name="pre_logits")(y))
+            dense = Dense(y.shape[-1:], hidden, cfg.dtype, exact=True, name="pre_logits")
+            y = jnp.tanh(dense(y))
         out["pre_logits"] = y = split_by_example(y)
         if cfg.num_classes:
             y = self.head("head", y)
@@ -248,7 +276,7 @@ class VisionTransformer(nn.Module):
     def prepend(self, name: str, tokens: jax.Array) -> jax.Array:
         """Puts a learned token in front of (B, T, D) tokens."""
         token = self.param(name, nn.initializers.zeros, (1, 1, self.cfg.width))
-        token = jnp.broadcast_to(token, (tokens.shape[0], 1, self.cfg.width))
+        token = jnp.broadcast_to(token.astype(tokens.dtype), (len(tokens), 1, self.cfg.width))
         return jnp.concatenate([token, tokens], axis=1)
 
     def pool(self, z: jax.Array) -> jax.Array:
@@ -258,14 +286,15 @@ class VisionTransformer(nn.Module):
             return MAPHead(cfg, self.train, name="MAPHead_0")(patches)
         if cfg.pool == "cls":
             return z[:, 0]
-        mean = patches.mean(axis=1)
+        mean = patches.mean(axis=1, dtype=jnp.float32)
         return mean if cfg.pool == "gap" else jnp.concatenate([z[:, 0], mean], axis=-1)
 
     def head(self, name: str, y: jax.Array) -> jax.Array:
         """(B, K) float32 scores of (B, D) representations; zero at the start."""
         cfg = self.cfg
         zeros, bias = nn.initializers.zeros, nn.initializers.constant(cfg.head_bias_init)
-        return Dense(y.shape[-1:], (cfg.num_classes,), cfg.dtype, zeros, bias, name=name)(y)
+        inits, classes = (zeros, bias), (cfg.num_classes,)
+        return Dense(y.shape[-1:], classes, cfg.dtype, *inits, exact=True, name=name)(y)
 
 
 def stack_layers(params: Params) -> Params:

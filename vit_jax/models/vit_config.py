@@ -3,8 +3,9 @@
 import dataclasses
 
 from vit_jax.errors import UserError
+from vit_jax.models.attention import ATTENTION_KERNELS
 from vit_jax.models.checks import check_choices, check_positive, check_rates, check_tiles
-from vit_jax.models.layers import ATTENTION_KERNELS, GELU, REMAT_POLICIES
+from vit_jax.models.layers import GELU, REMAT_POLICIES
 from vit_jax.models.resnet import reduction
 
 CHOICES = {
@@ -57,8 +58,9 @@ class ViTConfig:
     gelu: str = "tanh"  # tanh (Google) | erf (everybody else)
     layer_norm_eps: float = 1e-6
     dtype: str = "float32"  # operands of matrix products: float32 | bfloat16
-    attention: str = "auto"  # auto | xla | cudnn: which kernel computes it
-    scan: bool = False  # one compiled block for all layers
+    attention: str = "auto"  # auto | xla | cudnn | pallas: which kernel computes it
+    scan: bool = False  # one array for the parameters of all layers, and a loop over them
+    unroll: int | None = None  # layers in a turn of that loop; None: see `vit.unroll`
     remat: str = "none"  # none | dots | full: what the backward pass recomputes
 
     def __post_init__(self) -> None:
@@ -66,6 +68,8 @@ class ViTConfig:
         sizes = ("patch_size", "depth", "width", "mlp_dim", "num_heads", "channels")
         check_positive(self, sizes)
         check_rates(self, ("dropout", "stochastic_depth"))
+        if self.unroll is not None and self.unroll < 1:
+            raise UserError(f"model.unroll is {self.unroll}: use at least 1 layer, or None")
         if self.resnet is not None and self.patch_size % reduction(self.resnet):
             raise UserError(
                 f"patches of {self.patch_size} pixels cannot be cut from the map of a ResNet "

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.errors import UserError
-from vit_jax.models.layers import matmul, patchify
+from vit_jax.models.kernels import matmul
+from vit_jax.models.layers import patchify
 from vit_jax.models.model import Model, Params
 from vit_jax.models.vit_config import ViTConfig
 

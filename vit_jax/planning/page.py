@@ -37,6 +37,7 @@ def describe(plan: Plan) -> str:
         lines += [f"  {name:11}{gib(size):>12}" for name, size in memory.items()]
         of = f" of {gib(plan.limit)}" if plan.limit else ""
         lines.append(f"  {'needed':11}{gib(plan.memory.needed):>12}{of}")
+        lines += _describe_movers(plan)
         lines += _describe_collectives(plan.collectives)
     if plan.estimate:
         lines += _describe_estimate(plan.estimate)
@@ -45,6 +46,23 @@ def describe(plan: Plan) -> str:
     lines += [f"note: {note}" for note in plan.notes]
     took = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in plan.seconds.items())
     return "\n".join([*lines, f"took         {took}", plan.verdict()])
+
+
+def _describe_movers(plan: Plan) -> list[str]:
+    """Where the bytes go, so that it can be seen what to change."""
+    if not plan.traffic:
+        return []
+    gigabytes = lambda size: f"{size / 1e9:.2f} GB"
+    line = "  {:>9}  {:10}  {:44}  {:22}  {}".format
+    shown = sum(mover.bytes for mover in plan.movers)
+    return [
+        f"traffic      {gigabytes(plan.traffic)} to and from HBM, a step and device; the "
+        f"largest movers, {shown / plan.traffic:.0%} of it",
+        line("", "phase", "part of the network", "operation", "largest result"),
+    ] + [
+        line(gigabytes(m.bytes), m.phase, m.part[-44:], m.operation[:22], m.largest)
+        for m in plan.movers
+    ]
 
 
 def _describe_collectives(collectives: tuple[Collective, ...]) -> list[str]:

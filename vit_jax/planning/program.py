@@ -108,6 +108,49 @@ class Collective:
     largest: str
 
 
+class Mover(NamedTuple):
+    """Instructions of one operation of one part of the network, of all layers together.
+
+    Attributes:
+      phase: forward, recomputed, backward, or update (all that is outside of the network).
+      part: names of modules, layers without their number.
+      operation: of JAX; of what XLA adds by itself, its opcode.
+      bytes: that they read from and write to the main memory in a run of the program.
+      runs: how often one of them runs, over all of them.
+      largest: the largest array that one of them makes.
+    """
+
+    phase: str
+    part: str
+    operation: str
+    bytes: int
+    runs: int
+    largest: str
+
+
+# Names in the path of an operation that are no modules.
+_NO_MODULE = re.compile(
+    r"while|body|cond|closed_call|checkpoint|rematted_computation|shard_map|.*\W.*"
+)
+
+
+def origin(instruction: Instruction) -> tuple[str, str, str]:
+    """Phase, part of the network and operation that an instruction was made for."""
+    found = re.search(r'op_name="([^"]*)"', instruction.attributes)
+    if not found:
+        return "", "moved by XLA", instruction.opcode
+    path = found[1]
+    phase = "backward" if "transpose(" in path else "forward" if "jvp(" in path else "update"
+    phase = "recomputed" if "rematted_computation" in path else phase
+    *modules, operation = path.split("/")
+    named = (
+        re.sub(r"_\d+$", "", name) if name.startswith("encoderblock_") else name
+        for name in modules
+        if not _NO_MODULE.fullmatch(name)
+    )
+    return phase, "/".join(named), operation
+
+
 KINDS = (
     "all-gather",
     "all-reduce",
@@ -309,6 +352,21 @@ class Program:
             for instruction in self._computations[where].values()
         )
 
+    def movers(self) -> list["Mover"]:
+        """What `traffic` is made of, by the part of the network, the largest first."""
+        found: dict[tuple[str, str, str], list[tuple[int, int, str]]] = defaultdict(list)
+        for where, times in self.runs(into_fusions=False).items():
+            for instruction in self._computations[where].values():
+                if size := times * self._traffic(where, instruction):
+                    shapes = sorted(arrays(instruction.type), key=lambda a: -a.bytes)
+                    largest = str(shapes[0]) if shapes else ""
+                    found[origin(instruction)].append((size, times, largest))
+        movers = [
+            Mover(*place, sum(s for s, *_ in rows), sum(n for _, n, _ in rows), max(rows)[-1])
+            for place, rows in found.items()
+        ]
+        return sorted(movers, key=lambda mover: -mover.bytes)
+
     def _traffic(self, where: str, instruction: Instruction) -> int:
         opcode = instruction.opcode
         if opcode in _FREE or opcode.endswith("-start") or "AllocateBuffer" in str(instruction):
@@ -354,6 +412,13 @@ class Program:
         users = self._users[where, name]
         return min(whole, sum(self._touched_by(where, user, name, whole) for user in users))
 
+    def _is_view(self, where: str) -> bool:
+        """Whether a fusion only gives its one operand another shape, and moves nothing."""
+        name, instructions = self._roots[where], self._computations[where]
+        while instructions[name].opcode == "bitcast":
+            name = instructions[name].operands[0]
+        return instructions[name].opcode == "parameter"
+
     def _touched_by(self, where: str, user: Instruction, name: str, whole: int) -> int:
         first = user.operands[0] == name
         if user.opcode in ("dynamic-slice", "slice", "gather") and first:
@@ -364,6 +429,8 @@ class Program:
             return self._touched(where, user.name, whole)
         if user.opcode == "fusion":
             callee = user.attribute("calls")
+            if self._is_view(callee):
+                return self._touched(where, user.name, whole)
             places = [i for i, operand in enumerate(user.operands) if operand == name]
             parts = [self._touched(callee, self._parameter(callee, i), whole) for i in places]
             return sum(parts)

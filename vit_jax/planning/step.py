@@ -11,14 +11,17 @@ from ml_collections import ConfigDict
 
 from vit_jax import experiment
 from vit_jax.errors import UserError
+from vit_jax.models import registry
 from vit_jax.models.flops import train_flops
 from vit_jax.models.model import count_parameters
 from vit_jax.planning import products, roofline
-from vit_jax.planning.program import Collective, Program
+from vit_jax.planning.program import Collective, Mover, Program
 from vit_jax.planning.roofline import Roofline
 from vit_jax.planning.target import Target
 from vit_jax.training import sharding
 from vit_jax.training.checkpoint import abstract
+
+MOVERS = 10  # how many of the largest movers of bytes a plan keeps
 
 # --- What is planned ----------------------------------------------------------------------
 
@@ -53,8 +56,9 @@ class Plan:
 
     `model_flops` are counted from the shape of the network (models/flops.py), `counted_flops`
     in the traced program without recomputation and `executed_flops` with it, all for a step
-    and all devices. `memory`, `traffic` (bytes to and from HBM in a step) and `collectives`
-    are those of one device, None and empty where the compiler refused with `refusal`.
+    and all devices. `memory`, `traffic` (bytes to and from HBM in a step), `movers` (the
+    largest parts of it) and `collectives` are those of one device, None and empty where the
+    compiler refused with `refusal`.
     """
 
     variant: str
@@ -75,6 +79,7 @@ class Plan:
     limit: int | None
     memory: Memory | None
     traffic: int | None
+    movers: tuple[Mover, ...]
     collectives: tuple[Collective, ...]
     estimate: Roofline | None
     notes: tuple[str, ...]
@@ -112,7 +117,12 @@ def gib(size: float) -> str:
 
 
 def make_plan(
-    config: ConfigDict, target: Target, num_classes: int, examples: int, batch_size: int
+    config: ConfigDict,
+    target: Target,
+    num_classes: int,
+    examples: int,
+    batch_size: int,
+    build: experiment.Builder = registry.build,
 ) -> Plan:
     """Traces and compiles the training step of `config` with `batch_size` examples.
 
@@ -123,20 +133,21 @@ def make_plan(
       num_classes: of the data.
       examples: in an epoch.
       batch_size: of all devices.
+      build: makes the network; another formulation of it can be planned, too.
 
     Raises:
       UserError: a field does not fit the rest, or the batch the mesh.
     """
     mesh = sharding.make_mesh(config.mesh, target.devices)
     sharding.check_batch_size("the batch", batch_size, mesh, config.accumulation)
-    learning = experiment.build_learning(config, mesh, num_classes, examples)
+    learning = experiment.build_learning(config, mesh, num_classes, examples, build)
     clock = _Clock()
     traced = _trace(config, learning, mesh, batch_size)
     counted = executed = products.product_flops(traced.jaxpr.jaxpr)
     if config.model.remat != "none":
         plain = config.copy_and_resolve_references()
         plain.model.remat = "none"
-        again = experiment.build_learning(plain, mesh, num_classes, examples)
+        again = experiment.build_learning(plain, mesh, num_classes, examples, build)
         counted = products.product_flops(_trace(plain, again, mesh, batch_size).jaxpr.jaxpr)
     clock.note("trace")
     lowered = traced.lower()
@@ -173,6 +184,7 @@ def make_plan(
         limit=target.memory,
         memory=found.memory,
         traffic=found.traffic,
+        movers=found.movers,
         collectives=found.collectives,
         estimate=estimate,
         notes=(*undivided(learning.abstract_state, mesh), *found.notes),
@@ -187,6 +199,7 @@ class _Compiled(NamedTuple):
 
     memory: Memory | None = None
     traffic: int | None = None
+    movers: tuple[Mover, ...] = ()
     collectives: tuple[Collective, ...] = ()
     notes: tuple[str, ...] = ()
     refusal: str | None = None
@@ -201,9 +214,10 @@ def _compile(lowered: Any) -> _Compiled:
         return _Compiled(refusal=refusal, used=used)
     program, memory = Program(compiled.as_text()), memory_of(compiled)
     collectives, traffic = tuple(program.collectives()), program.traffic()
+    movers = tuple(program.movers()[:MOVERS])
     loops = len(program.unknown_loops)
     notes = (f"{loops} loop(s) of unknown length count once",) if loops else ()
-    return _Compiled(memory, traffic, collectives, notes, used=memory.needed)
+    return _Compiled(memory, traffic, movers, collectives, notes, used=memory.needed)
 
 
 def undivided(state: Any, mesh: jax.sharding.Mesh) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from vit_jax.errors import UserError
-from vit_jax.models.layers import contract
+from vit_jax.models.kernels import contract
 from vit_jax.training.logging import MetricWriter
 
 Metrics = dict[str, Any]

@@ -19,7 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vit_jax.errors import UserError
-from vit_jax.models.layers import BATCH_AXES
+from vit_jax.models.devices import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
 

@@ -1,0 +1,332 @@
+"""Softmax attention (arXiv 2010.11929, Appendix A, equations 6 and 7), by platform.
+
+    A = softmax(q k^T / sqrt(d) + bias)          (6)
+    SA = A v                                     (7)
+
+Symbols: B batch, T tokens, k heads, d width of a head. Whatever computes it, the result is the
+same function; `model.attention` says which form of it runs.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from vit_jax.errors import UserError
+from vit_jax.models import devices
+from vit_jax.models.kernels import contract, product, stored
+
+ATTENTION_KERNELS = (
+    "auto",  # the fastest that the device, the precision and the network allow
+    "xla",  # plain matrix products
+    "cudnn",  # NVIDIA's fused kernel, or an error
+    "pallas",  # our own fused kernel for TPUs and short sequences, or an error; never timed
+)
+
+SAVED = "attention"  # the name of the result, for policies of recomputation
+
+Weights = Callable[[], jax.Array]
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dtype: str,
+    bias: jax.Array | None = None,
+    kernel: str = "xla",
+) -> tuple[jax.Array, Weights]:
+    """Attention of (B, T, k, d) queries to (B, S, k, d) keys and values.
+
+    A `bias` that broadcasts to (B, k, T, S) is added to the scaled scores. `kernel` is one of
+    `ATTENTION_KERNELS`.
+
+    Returns:
+      The (B, T, k, d) result in the type that activations have here (`kernels.stored`), and a
+      function that returns the (B, k, T, S) float32 weights, so that nobody who does not ask
+      for them pays for them.
+
+    Raises:
+      UserError: a kernel that is asked for by name cannot be had, with the reason.
+    """
+    form = _form(q, k, dtype, bias is not None, kernel)
+    plain = functools.partial(_plain, q, k, v, dtype, bias)
+    if form == "plain":
+        y, weights = plain()
+        return y.astype(stored(dtype)), weights
+    # The other forms keep their weights to themselves: whoever asks has them computed plainly.
+    if form == "cudnn":
+        y = checkpoint_name(cudnn_attention(q, k, v, dtype).astype(stored(dtype)), SAVED)
+    else:
+        y = _compact(q, k, v, bias, form)
+    return y, lambda: plain()[1]()
+
+
+def _form(q: jax.Array, k: jax.Array, dtype: str, biased: bool, kernel: str) -> str:
+    """Which form computes it. `auto` takes no kernel that was never timed.
+
+    Raises:
+      UserError: the kernel that is asked for by name cannot be had.
+    """
+    refusals = {
+        "cudnn": lambda: why_not_cudnn(q.shape[-1], dtype, biased),
+        "pallas": lambda: _why_not_pallas(q, k, dtype),
+    }
+    if kernel in refusals:
+        if (reason := refusals[kernel]()) is not None:
+            raise UserError(f"model.attention is {kernel!r}, but {reason}: use 'auto' or 'xla'")
+        return kernel
+    if kernel == "auto" and refusals["cudnn"]() is None:
+        return "cudnn"
+    if stored(dtype) == jnp.float32 or q.shape != k.shape:
+        return "plain"
+    # A bias has a gradient that is a sum over all examples.
+    return "parts" if devices.platform() == "tpu" and not biased else "whole"
+
+
+# --- Plain products, differentiated automatically -----------------------------------------
+
+# For CPUs, with the order of axes in which XLA multiplies in bfloat16 there.
+_score = product("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", "zbqhd,zbhqk->bkhd")
+_average = product("bhqk,bkhd->bhqd", "bhqd,bkhd->bhqk", "zbhqk,zbhqd->bkhd")
+
+
+def _plain(
+    q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, bias: jax.Array | None
+) -> tuple[jax.Array, Weights]:
+    """Attention as three plain operations, float32 between them.
+
+    Every product is a plain batched matrix product, and the softmax is normalised after the
+    product with the values: d divisions a token, not T. On CPUs the products themselves move
+    heads before tokens: of transposed operands XLA takes bfloat16 back to float32 there.
+    """
+    q = q * q.shape[-1] ** -0.5
+    score, average = _score, _average
+    if devices.platform() != "cpu":
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        score = functools.partial(contract, "bhqd,bhkd->bhqk")
+        average = functools.partial(contract, "bhqk,bhkd->bhqd")
+    scores = score(q, k, dtype)
+    scores = scores if bias is None else scores + bias
+    scores = scores - lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    weights = jnp.exp(scores)
+    total = weights.sum(axis=-1, keepdims=True)
+    y = average(weights, v, dtype) / total
+    return y.swapaxes(1, 2), lambda: weights / total
+
+
+# --- Plain products with a gradient of their own, for accelerators ------------------------
+
+# Bytes of float32 scores that a TPU keeps on the chip beside what else a step needs there: the
+# largest for which the compiled step of L/16 on a v5e moved no scores to HBM.
+ON_CHIP = 28 << 20
+
+
+def _scores(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
+    scores = contract("bqhd,bkhd->bhqk", q * q.shape[-1] ** -0.5, k, jnp.bfloat16)
+    return scores if bias is None else scores + bias
+
+
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The bfloat16 result, and the logarithm of each query's (B, k, T) sum of weights."""
+    scores = _scores(q, k, bias)
+    highest = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    y = contract("bhqk,bkhd->bqhd", weights, v, jnp.bfloat16) / total.swapaxes(1, 2)
+    return y.astype(jnp.bfloat16), (highest + jnp.log(total))[..., 0]
+
+
+def _backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    y: jax.Array,
+    log_total: jax.Array,
+    g: jax.Array,
+    bias: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients of `q`, `k`, `v` in bfloat16, and of the (B, k, T, T) scores in float32.
+
+    As FlashAttention has it (arXiv 2205.14135, section 3.1 and appendix B): the weights come
+    from the scores without another sum, and the softmax needs no more of its own gradient than
+    the product of result and cotangent.
+    """
+    half = functools.partial(contract, dtype=jnp.bfloat16)
+    weights = jnp.exp(_scores(q, k, bias) - log_total[..., None])
+    inner = jnp.einsum("bqhd,bqhd->bhq", g.astype(jnp.float32), y.astype(jnp.float32))
+    to_scores = weights * (half("bqhd,bkhd->bhqk", g, v) - inner[..., None])
+    scale = q.shape[-1] ** -0.5
+    dq = half("bhqk,bkhd->bqhd", to_scores, k) * scale
+    dk = half("bhqk,bqhd->bkhd", to_scores, q * scale)
+    dv = half("bhqk,bqhd->bkhd", weights, g)
+    dq, dk, dv = (x.astype(jnp.bfloat16) for x in (dq, dk, dv))
+    return dq, dk, dv, to_scores
+
+
+def _gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return _backward(*arrays)[:3]
+
+
+def part_size(examples: int, bytes_each: int) -> int:
+    """How many examples a part has: the most that divide the batch and stay on the chip.
+
+    All of them where not even one would stay.
+    """
+    fitting = [
+        n for n in range(1, examples + 1) if examples % n == 0 and n * bytes_each <= ON_CHIP
+    ]
+    return max(fitting, default=examples)
+
+
+def _by_parts(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """`function(*arrays)` for some examples at a time, each part into its place.
+
+    Args:
+      function: to a tuple of arrays, examples first.
+      arrays: the first is (B, T, k, d) and tells how large scores are.
+    """
+    count, tokens, heads, _ = arrays[0].shape
+    row = -(-tokens // 128) * 128  # as a TPU stores it
+    size = part_size(count, 4 * heads * tokens * row)
+    if size == count:
+        return function(*arrays)
+
+    def body(i: jax.Array, out: Any) -> Any:
+        part = (lax.dynamic_slice_in_dim(x, i * size, size) for x in arrays)
+        put = lambda whole, x: lax.dynamic_update_slice_in_dim(whole, x, i * size, 0)
+        return jax.tree.map(put, out, function(*part))
+
+    shapes = jax.eval_shape(function, *(x[:size] for x in arrays))
+    empty = lambda x: lax.empty((count, *x.shape[1:]), x.dtype)  # zeros would be written first
+    return lax.fori_loop(0, count // size, body, jax.tree.map(empty, shapes))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _compact(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, form: str
+) -> jax.Array:
+    """Attention that keeps its operands, its result and one number a query, in bfloat16.
+
+    Written as one product (`whole`), XLA sends the scores of all examples to a TPU's HBM and
+    back three times forward and five times backward, which is most of what a ViT's step moves.
+    `parts` walks through the batch so that the scores of a part stay on the chip; `pallas`
+    does so within one kernel.
+    """
+    return _compact_forwards(q, k, v, bias, form)[0]
+
+
+TOKENS, ROWS = ("examples", "tokens", "heads", "width"), ("examples", "heads", "tokens")
+
+
+def _compact_forwards(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, form: str
+) -> Any:
+    arrays, log_total = [(x, TOKENS) for x in (q, k, v)], None
+    if form == "pallas":
+        from vit_jax.models import tpu_attention
+
+        given = [*arrays, (bias, _axes_of(bias, q))]
+        (y,) = devices.on_each_device(tpu_attention.forward, given, [TOKENS])
+    elif form == "parts":
+        forward = functools.partial(_by_parts, _forward)
+        y, log_total = devices.on_each_device(forward, arrays, [TOKENS, ROWS])
+    else:
+        y, log_total = _forward(q, k, v, bias)
+    y, log_total = checkpoint_name((y, log_total), SAVED)
+    return y, (q, k, v, y, log_total, bias)
+
+
+def _compact_backwards(form: str, saved: Any, g: jax.Array) -> Any:
+    q, k, v, y, log_total, bias = saved
+    of_bias = _axes_of(bias, q)
+    if form == "pallas":
+        from vit_jax.models import tpu_attention
+
+        given = [*((x, TOKENS) for x in (q, k, v, g)), (bias, of_bias)]
+        results = [TOKENS] * 3 + [of_bias] * (bias is not None)
+        backward = functools.partial(tpu_attention.backward, shared="shared" in of_bias)
+        dq, dk, dv, *db = devices.on_each_device(backward, given, results)
+        return dq, dk, dv, db[0].astype(bias.dtype) if db else None
+    if form == "parts":
+        arrays = [(x, ROWS if x.ndim == 3 else TOKENS) for x in (q, k, v, y, log_total, g)]
+        backward = functools.partial(_by_parts, _gradients)
+        return *devices.on_each_device(backward, arrays, [TOKENS] * 3), None
+    dq, dk, dv, to_scores = _backward(q, k, v, y, log_total, g, bias)
+    if bias is None:
+        return dq, dk, dv, None
+    shared = tuple(i for i, size in enumerate(bias.shape) if size != to_scores.shape[i])
+    return dq, dk, dv, to_scores.sum(shared, keepdims=True).astype(bias.dtype)
+
+
+def _axes_of(bias: jax.Array | None, q: jax.Array) -> devices.Axes:
+    """Those of a (1 or B, k, T, T) bias; of None, nothing."""
+    if bias is None:
+        return ()
+    return "examples" if len(bias) == len(q) else "shared", "heads", "queries", "keys"
+
+
+_compact.defvjp(_compact_forwards, _compact_backwards)
+
+
+# --- Fused kernels ------------------------------------------------------------------------
+
+
+def _why_not_pallas(q: jax.Array, k: jax.Array, dtype: str) -> str | None:
+    """A reason why our kernel for TPUs cannot be used here, or None if it can."""
+    if devices.platform() != "tpu":
+        return f"this is no TPU but {devices.platform()}"
+    if q.shape != k.shape:
+        return "queries and keys are not the same tokens"
+    from vit_jax.models import tpu_attention  # Pallas takes long to import
+
+    return tpu_attention.why_not(q.shape[1], q.shape[3], dtype)
+
+
+def why_not_cudnn(head_width: int, dtype: str, has_bias: bool) -> str | None:
+    """A reason why cuDNN's fused attention cannot be used here, or None if it can.
+
+    Its limits are those stated by cuDNN and JAX 0.10; a bias would be possible in part, but
+    not the gradient of one that differs from image to image.
+    """
+    if devices.platform() != "gpu":
+        return f"this is no NVIDIA GPU but {devices.platform()}"
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    if not re.fullmatch(r"[0-9]+\.[0-9]+", capability) or float(capability) < 8.0:
+        return f"{jax.devices()[0].device_kind} is older than Ampere"
+    if dtype != "bfloat16":
+        return f"model.dtype is {dtype!r}, not 'bfloat16'"
+    if head_width % 8 or head_width > 128:
+        return f"heads are {head_width} wide, neither a multiple of 8 nor at most 128"
+    if has_bias:
+        return "model.relative adds a bias to the scores"
+    return None
+
+
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, dtype: str) -> jax.Array:
+    """`attend` in one kernel of NVIDIA's: scores and weights never reach memory."""
+    tokens = q.shape[1]
+
+    def prepare(x: jax.Array) -> jax.Array:
+        # The backward pass takes even numbers of tokens only.
+        return jnp.pad(x, ((0, 0), (0, tokens % 2), (0, 0), (0, 0))).astype(dtype)
+
+    q, k, v = prepare(q * q.shape[-1] ** -0.5), prepare(k), prepare(v)
+    lengths = jnp.full(q.shape[0], tokens, jnp.int32) if tokens % 2 else None
+    y = jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=1.0,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+    return y[:, :tokens]
