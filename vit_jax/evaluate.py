@@ -5,6 +5,12 @@ appends them to DIR/evaluations.jsonl. Without further flags that is the data se
 that training evaluated on. `--checkpoint=PATH_OR_NAME --data=SOURCE` evaluates published
 weights, with the preprocessing of their family.
 
+Classes of the data and outputs of the model are matched by name, whatever their order, and the
+data may have some of the model's classes only: the other outputs are left out then, as it is
+done on ImageNet-A and ImageNet-R. Where names say nothing ("n01440764" and "tench"), the order
+counts, and a note says so. --classes says which output is which class, --class_names what the
+outputs are called.
+
 How good the representation is without fine-tuning, of any model (one without a head too) and
 on data of any classes:
 
@@ -38,9 +44,11 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from vit_jax import cache, cli, experiment, processes, trained
+from vit_jax import cache, cli, experiment, inference, processes, trained
 from vit_jax.data import pipeline
+from vit_jax.data.classes import Mismatch, as_classes, chosen, match, read_names, some
 from vit_jax.errors import UserError
+from vit_jax.models.model import Model
 from vit_jax.objectives.classification import Classification
 from vit_jax.training import probes, sharding
 from vit_jax.training.evaluate import evaluate
@@ -48,11 +56,20 @@ from vit_jax.training.step import make_eval_step
 
 
 def evaluate_trained(
-    model: trained.Trained, source: Any, batch_size: int, mesh: jax.sharding.Mesh
+    model: trained.Trained,
+    source: Any,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    outputs: tuple[int, ...] | None = None,
 ) -> dict[str, float]:
-    """Returns `accuracy`, `loss` (nats, without label smoothing) and `count`."""
+    """Returns `accuracy`, `loss` (nats, without label smoothing) and `count`.
+
+    `outputs` has for each class of `source` the output of the model that it is; None: the same
+    classes in the same order. Outputs that are no class of `source` do not take part.
+    """
     config = model.config
-    objective = Classification(model.model, config.objective.loss)
+    network = model.model if outputs is None else with_outputs(model.model, outputs)
+    objective = Classification(network, config.objective.loss)
     step = jax.jit(make_eval_step(objective, experiment.prepare_for_eval(config)))
     averages = _over_batches(
         lambda batches: evaluate(lambda batch: step(model.params, {}, batch), batches),
@@ -63,6 +80,18 @@ def evaluate_trained(
     )
     assert averages is not None  # nothing told it to stop
     return averages
+
+
+def with_outputs(model: Model, outputs: tuple[int, ...]) -> Model:
+    """The same network, whose logits are those of `outputs`, in this order."""
+    if outputs == tuple(range(model.config.num_classes)):
+        return model
+
+    def apply(*arguments: Any, **options: Any) -> Any:
+        logits, out = model.apply(*arguments, **options)
+        return logits[..., np.array(outputs)], out
+
+    return model._replace(apply=apply)
 
 
 def _over_batches(
@@ -149,11 +178,13 @@ def run_probes(
     Raises:
       UserError: the two sources have different classes, or a probe cannot be fitted.
     """
-    if train.class_names != test.class_names:
+    same = as_classes(test, train.class_names)
+    if same is None or len(train.class_names) != len(test.class_names):
         raise UserError(
-            f"the training split has the classes {_some(train.class_names)}, the test split "
-            f"{_some(test.class_names)}: use splits of the same classes"
+            f"the training split has the classes {some(train.class_names)}, the test split "
+            f"{some(test.class_names)}: use splits of the same classes"
         )
+    test = same
     classes, results = len(test.class_names), dict[str, Any]()
     prepare = experiment.prepare_for_eval(model.config)
     step = probes.make_feature_step(model.model, prepare, mesh)
@@ -223,6 +254,12 @@ def define_flags() -> None:
     flags.DEFINE_string("data", None, "Data source; that of training unless given.")
     flags.DEFINE_string("data_dir", None, "Where tfds: finds prepared data sets.")
     flags.DEFINE_string("split", None, "Split; that of training unless given.")
+    flags.DEFINE_string(
+        "classes", None,
+        "Which output each class of the data is, in their order: names or numbers, with commas "
+        "between, or a file of one a line. By name unless given.",
+    )  # fmt: skip
+    flags.DEFINE_string("class_names", None, "What the outputs are called: a file, one a line.")
     flags.DEFINE_string("transform", None, "Preprocessing; the model's own unless given.")
     flags.DEFINE_integer("batch_size", None, "Examples at a time, over all devices.")
     flags.DEFINE_list("few_shot", None, "Images a class for least squares, e.g. 1,5,10.")
@@ -251,6 +288,8 @@ def evaluate_as_told() -> None:
     cache.keep_compiled_programs()
     mesh = sharding.make_mesh()
     model = trained.from_flags(mesh)
+    if given.class_names:
+        model = model._replace(class_names=named_outputs(model, given.class_names))
     config = model.config
     for flag in ("data", "train_split") if asked.any else ("data",):
         if model.family != "vit_jax" and not given[flag].value:
@@ -274,8 +313,11 @@ def evaluate_as_told() -> None:
         "data": config.data.source,
         "split": config.data.eval_split,
     }
-    if head_fits(model, source.class_names, config.data.source, asked.any):
-        averages = evaluate_trained(model, source, batch_size, mesh)
+    fits = head_fits(model, source.class_names, config.data.source, asked.any, given.classes)
+    if fits is not None:
+        if note := inference.head_note(model):
+            print(f"note: {note}", file=sys.stderr)
+        averages = evaluate_trained(model, source, batch_size, mesh, fits)
         save(record | averages)
         say(
             f"accuracy {averages['accuracy']:.4f}  loss {averages['loss']:.4f}  count "
@@ -305,44 +347,50 @@ def save(record: dict[str, Any]) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def head_fits(
-    model: trained.Trained, found: tuple[str, ...], where: str, probing: bool
-) -> bool:
-    """Whether the model's own head can be evaluated on data of the classes `found`.
+def named_outputs(model: trained.Trained, given: str) -> tuple[str, ...]:
+    """The names that --class_names lists, one for each output. Raises UserError."""
+    names = read_names("class_names", given)
+    if len(names) != len(model.class_names):
+        raise UserError(
+            f"--class_names={given} has {len(names)} names, but the model has "
+            f"{len(model.class_names)} outputs: give one for each"
+        )
+    return names
 
-    Of published weights only the number of classes is compared. Their names are rarely those
-    of a data set ("tabby, tabby cat" against "n02123045"), so there the order is taken on
-    trust, and said to be.
+
+def head_fits(
+    model: trained.Trained,
+    found: tuple[str, ...],
+    where: str,
+    probing: bool,
+    given: str | None = None,
+) -> tuple[int, ...] | None:
+    """The output of the model that each of the classes `found` is, if its head fits them.
+
+    `given` is what --classes says of that. Of published weights whose names say nothing about
+    those of the data, the order of the classes is taken on trust, and said to be.
 
     Raises:
-      UserError: it cannot, and nothing else is to be done.
+      UserError: it does not fit, and nothing else is to be done.
     """
-    if found == model.class_names:
-        return True
-    if not model.class_names:
-        problem = "the model has no head"
-        remedy = "probe its representation with --few_shot=5, --knn=20 or --linear_probe"
-    elif model.family == "vit_jax" or len(found) != len(model.class_names):
-        problem = (
-            f"{where} has the classes {_some(found)}, but the model was trained on "
-            f"{_some(model.class_names)}"
-        )
-        remedy = "evaluate on data with the same classes"
-    else:
-        print(
-            f"note: class names differ ({found[0]!r} in the data, {model.class_names[0]!r} in "
-            f"the model): their order is taken to be the same"
-        )
-        return True
-    if not probing:
-        raise UserError(f"{problem}: {remedy}")
-    print(f"note: {problem}, so only the probes are run", file=sys.stderr)
-    return False
-
-
-def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:5])
-    return f"[{shown}{', ...' if len(names) > 5 else ''}] ({len(names)})"
+    try:
+        if not model.class_names:
+            raise Mismatch(
+                "the model has no head: probe its representation with --few_shot=5, --knn=20 "
+                "or --linear_probe"
+            )
+        if given:
+            return chosen(given, model.class_names, found).outputs
+        matched = match(model.class_names, found, where, model.family != "vit_jax")
+    except Mismatch as error:
+        if not probing:
+            raise
+        problem = str(error).partition(": ")[0]
+        print(f"note: {problem}, so only the probes are run", file=sys.stderr)
+        return None
+    if matched.note:
+        say(f"note: {matched.note}")
+    return matched.outputs
 
 
 if __name__ == "__main__":

@@ -165,6 +165,9 @@ def _reading(data: ConfigDict, mesh: Mesh | None) -> dict[str, Any]:
 def prepare_for_eval(config: ConfigDict) -> Prepare:
     """uint8 images to the range that the model expects, on the device."""
     value_range = config.data.value_range
+    # What does not fit is found here, not when a program is compiled.
+    blank = jax.ShapeDtypeStruct((1, 1, 1, config.data.channels), np.uint8)
+    jax.eval_shape(lambda images: preprocess.normalize(images, value_range), blank)
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
         # What an objective does not read of this costs nothing under jit.

@@ -50,6 +50,17 @@ def find_images(paths: list[str]) -> list[str]:
     return found
 
 
+def head_note(model: Trained) -> str:
+    """A sentence on a head that knows nothing, as in Google's files of ImageNet-21k, or ""."""
+    heads = [model.params[name] for name in ("head", "head_dist") if name in model.params]
+    if not heads or any(np.asarray(x).any() for x in jax.tree.leaves(heads)):
+        return ""
+    return (
+        "the model's head is all zeros, so that every class is as probable as any other: "
+        "fine-tune it, or use its representation (vit_jax.embed, vit_jax.evaluate --knn=20)"
+    )
+
+
 def check_batch_size(given: int | None, mesh: Mesh) -> int | None:
     """`--batch_size` as given, None where that is left to measuring.
 
@@ -97,7 +108,7 @@ def _read(paths: list[str], config: Any) -> Generator[np.ndarray | Unreadable, N
 
     def read(path: str) -> np.ndarray | Unreadable:
         try:
-            image = transform(decode({"image": path, "name": path}, channels), None)
+            image = transform.of(decode({"image": path, "name": path}, channels), path)
             return np.asarray(image).reshape(*size, channels)
         except UserError as error:
             return Unreadable(path, str(error))

@@ -70,6 +70,8 @@ def main(positional: list[str]) -> None:
     paths = inference.find_images(positional)
     batch_size = inference.check_batch_size(given.batch_size, mesh)
     model = trained.from_flags(mesh)
+    if note := inference.head_note(model):
+        print(f"note: {note}", file=sys.stderr)
     failures = 0
     with contextlib.ExitStack() as stack:
         output = None

@@ -27,6 +27,8 @@ import vit_jax
 from vit_jax import cache, cli, experiment, processes, trained
 from vit_jax import config as configuration
 from vit_jax.data import pipeline
+from vit_jax.data.classes import as_classes, some
+from vit_jax.data.rehearsal import rehearse
 from vit_jax.data.sources import Source, fingerprint
 from vit_jax.errors import UserError
 from vit_jax.interop.adapt import adapt
@@ -35,7 +37,7 @@ from vit_jax.models.model import count_parameters
 from vit_jax.processes import StopSignal
 from vit_jax.trained import Trained
 from vit_jax.training import sharding
-from vit_jax.training.checkpoint import Card, Checkpoints, abstract
+from vit_jax.training.checkpoint import Card, Checkpoints, abstract, load_card
 from vit_jax.training.evaluate import evaluate
 from vit_jax.training.logging import MetricWriter
 from vit_jax.training.reporting import (
@@ -72,13 +74,28 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
     )
     plan = Plan(total, log, evaluation, checkpoint, few_shot)
     if plan.total < 1:
-        raise UserError("the length of training is 0 steps: set e.g. config.total_epochs=90")
+        raise UserError(no_steps(config, examples))
     if few_shot and (not plan.eval_every or few_shot % plan.eval_every):
         raise UserError(
             f"few_shot.every is {few_shot} steps, which is no multiple of eval_every, "
             f"{plan.eval_every}: make it one, for it is a part of the evaluation"
         )
     return plan
+
+
+def no_steps(config: ConfigDict, examples: int) -> str:
+    """Why the length of training comes to 0 steps, and what to change."""
+    given = {unit: config[f"total_{unit}"] for unit in configuration.UNITS}
+    [(unit, amount)] = [(unit, x) for unit, x in given.items() if x is not None]
+    if not amount or unit == "steps":
+        return "the length of training is 0 steps: set e.g. config.total_epochs=90"
+    seen = amount * (examples if unit == "epochs" else 1)
+    return (
+        f"the length of training is 0 steps, because total_{unit}={amount:g} of the "
+        f"{examples:,} images in {config.data.train_split!r} is less than half a batch of "
+        f"batch_size={config.batch_size:,}: set batch_size to at most {max(int(seen), 1):,}, "
+        f"or train longer"
+    )
 
 
 # --- Resolve: what the weights to begin with decide ---------------------------------------
@@ -136,17 +153,23 @@ class Run(NamedTuple):
     card: Card
 
 
-def build(config: ConfigDict) -> Run:
-    """Opens the data and compiles nothing yet; every wrong field is found here."""
+def build(config: ConfigDict, classes: tuple[str, ...] = ()) -> Run:
+    """Opens the data and compiles nothing yet; every wrong field is found here.
+
+    The outputs of the model are the classes of the training data, in the order of `classes` if
+    these are the same.
+    """
     parse_profile(config.profile)
     config = experiment.with_computation_chosen(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
-    source = experiment.open_source(config, config.data.train_split)
-    eval_source = experiment.open_source(config, config.data.eval_split)
+    source, eval_source = open_sources(config, classes)
     num_classes = len(source.class_names)
+    train_reading = experiment.train_pipeline(config, mesh)
+    eval_reading = experiment.eval_pipeline(config, mesh)
     plan = make_plan(config, len(source))
+    check_data_early(config, (source, train_reading), (eval_source, eval_reading))
     learning = experiment.build_learning(config, mesh, num_classes, len(source))
     model = learning.objective.model
     return Run(
@@ -157,8 +180,8 @@ def build(config: ConfigDict) -> Run:
         plan=plan,
         learning=learning,
         few_shot=experiment.build_few_shot(config, model, source, eval_source, mesh),
-        train_reading=experiment.train_pipeline(config, mesh),
-        eval_reading=experiment.eval_pipeline(config, mesh),
+        train_reading=train_reading,
+        eval_reading=eval_reading,
         card={
             "config": configuration.to_dict(config),
             "class_names": list(experiment.class_names(config, source.class_names)),
@@ -169,6 +192,64 @@ def build(config: ConfigDict) -> Run:
             "vit_jax": vit_jax.__version__,
         },
     )
+
+
+def open_sources(config: ConfigDict, classes: tuple[str, ...]) -> tuple[Source, Source]:
+    """What to train and to evaluate on, with one numbering of the classes; see `build`.
+
+    Raises:
+      UserError: they cannot be opened, or there are classes to evaluate that are not trained.
+    """
+    data = config.data
+    source = experiment.open_source(config, data.train_split)
+    if set(classes) == set(source.class_names):
+        source = as_classes(source, classes) or source
+    found = experiment.open_source(config, data.eval_split)
+    eval_source = as_classes(found, source.class_names)
+    if eval_source is None:
+        raise UserError(
+            f"{data.source} has the classes {some(source.class_names)} in "
+            f"{data.train_split!r} and {some(found.class_names)} in {data.eval_split!r}: use "
+            f"splits of the same classes"
+        )
+    return source, eval_source
+
+
+def check_data_early(
+    config: ConfigDict, training: tuple[Source, Any], evaluation: tuple[Source, Any]
+) -> None:
+    """Reads an image of each split, and says what is odd about their numbers.
+
+    Raises:
+      UserError: an image cannot be used as the configuration wants it.
+    """
+    for source, how in (training, evaluation):
+        rehearse(source, how["transform"], how["channels"], how["max_bad"], how is training[1])
+    examples, held_out = len(training[0]), len(evaluation[0])
+    notes = []
+    if config.batch_size > examples * config.data.repeats:
+        notes.append(
+            f"batch_size is {config.batch_size:,} and {config.data.train_split!r} has "
+            f"{examples:,} images: every batch holds images several times"
+        )
+    if held_out < min(10, len(training[0].class_names)):
+        notes.append(
+            f"{config.data.eval_split!r} has {held_out} image{'s' * (held_out > 1)} to "
+            f"evaluate on, fewer than classes: accuracy will say little"
+        )
+    if processes.is_first():
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+
+
+def stored_classes(workdir: Path) -> tuple[str, ...]:
+    """The classes of the run that `workdir` holds, in the order of its outputs, or none."""
+    if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+        return ()
+    try:
+        return tuple(load_card(workdir)["class_names"])
+    except (UserError, KeyError):
+        return ()  # damaged: what is restored instead is checked later
 
 
 def describe_data(config: ConfigDict, split: str, source: Source) -> dict[str, Any]:
@@ -413,7 +494,7 @@ def train(
       UserError: for everything that the person who wrote `config` can mend.
     """
     config, before = resolve(config, workdir, overridden)
-    run = build(config)
+    run = build(config, stored_classes(workdir))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -244,7 +244,7 @@ def as_seen(model: trained.Trained, path: str) -> np.ndarray:
     config = model.config
     size, channels = tuple(config.image_size), config.data.channels
     transform = preprocess.parse_transform(config.data.eval_transform, size)
-    image = transform(decode({"image": path, "name": path}, channels), None)
+    image = transform.of(decode({"image": path, "name": path}, channels), path)
     return np.asarray(image).reshape(*size, channels)
 
 

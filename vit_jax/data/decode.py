@@ -69,8 +69,13 @@ def decode(example: dict[str, Any], channels: int | None) -> Image.Image:
     except Exception as error:
         # Only errors of the system have a number: the file is gone, or may not be read.
         system = isinstance(error, OSError) and error.errno is not None
+        reason = str(error) or (
+            "there is not enough memory"
+            if isinstance(error, MemoryError)
+            else type(error).__name__
+        )
         raise (UserError if system else BadImage)(
-            f"image {name} cannot be decoded ({error}); repair or remove it."
+            f"image {name} cannot be decoded ({reason}); repair or remove it."
         ) from error
 
 

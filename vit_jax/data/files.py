@@ -1,5 +1,6 @@
 """Labelled image files by the million: compact, and in an order that their names alone fix."""
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -8,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from vit_jax.data.sources import digest
+from vit_jax.data.sources import digest, renumber
 
 HELD_OUT_SHARE = 0.2
 SPLITS = ("train", "test", "all")
@@ -78,6 +79,11 @@ class FileSource:
         """Of names relative to `root`, and labels; a million files take 0.1 s."""
         names = self.files.take(self.rows[start:stop])
         return digest(names.ends, names.buffer, self.labels[start:stop])
+
+    def with_classes(self, positions: np.ndarray, names: tuple[str, ...]) -> "FileSource":
+        """As `classes.as_classes` has it."""
+        labels = renumber(self.labels, positions, len(names))
+        return dataclasses.replace(self, labels=labels, class_names=names)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class HuggingFaceSource:
     class_names: tuple[str, ...]
     named: bool  # labels are stored as names, not as numbers
     name: str
+    positions: np.ndarray | None = None  # what the numbers stored are in `class_names`
 
     def __len__(self) -> int:
         return len(self.table)
@@ -48,13 +49,17 @@ class HuggingFaceSource:
         return np.array([self._number(x) for x in self.table[self.label_key][:]], np.int64)
 
     @cached_property
-    def _positions(self) -> dict[str, int]:
+    def _numbers(self) -> dict[str, int]:
         return {name: i for i, name in enumerate(self.class_names)}
 
     def _number(self, label: Any) -> int:
         if label is None:
             return -1
-        return self._positions[label] if self.named else int(label)
+        number = self._numbers[label] if self.named else int(label)
+        if self.positions is None:
+            return number
+        known = 0 <= number < len(self.positions)
+        return int(self.positions[number]) if known else -1
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         i = range(len(self))[i]

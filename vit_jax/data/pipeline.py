@@ -43,8 +43,10 @@ class Views:
     transform: Transform
     count: int
 
-    def draw(self, image: Image.Image, rng: np.random.Generator | None) -> list[Image.Image]:
-        return [self.transform(image, rng) for _ in range(self.count)]
+    def draw(
+        self, image: Image.Image, name: str, rng: np.random.Generator | None
+    ) -> list[Image.Image]:
+        return [self.transform.of(image, name, rng) for _ in range(self.count)]
 
 
 class Batches(Iterator[Batch]):
@@ -144,7 +146,7 @@ def train_batches(
     views = views or {}
     _check_views(views)
     prepare = _Prepare(transform, channels, len(source.class_names), views)
-    bad = BadImages(source, int(max_bad * len(source)))
+    bad = BadImages(source, int(max_bad * len(source)), prepare.try_out)
     decoded = Replacing(Kept(source, channels), bad.limit)
     # Only positions pass through Grain here: in every example it would look for arrays, to
     # count their bytes, which small images feel.
@@ -180,7 +182,7 @@ def eval_batches(
     share = _Share(batch_size, tuple(parts), part_count)
     _check(source, share)
     prepare = _Prepare(transform, channels, len(source.class_names), {})
-    bad = BadImages(source, int(max_bad * len(source)))
+    bad = BadImages(source, int(max_bad * len(source)), prepare.try_out)
     padded = _Padded(source, prepare, skips=bad.limit > 0)
     steps = -(-len(source) // batch_size)
     local = _Local(padded, share, steps)
@@ -410,13 +412,18 @@ class _Prepare:
             )
         whole = decode(example, self.channels)
         prepared = {
-            "image": self.transform(whole, rng).tobytes(),
+            "image": self.transform.of(whole, example["name"], rng).tobytes(),
             "label": label,
             "bad": example.get("bad", bad_images.NONE),
         }
         for name, view in self.views.items():
-            prepared[name] = b"".join(made.tobytes() for made in view.draw(whole, rng))
+            made = view.draw(whole, example["name"], rng)
+            prepared[name] = b"".join(image.tobytes() for image in made)
         return prepared
+
+    def try_out(self, example: dict[str, Any]) -> None:
+        """Raises BadImage if the example is one."""
+        self(example, np.random.default_rng(0))
 
 
 @dataclass(frozen=True)
@@ -427,7 +434,7 @@ class _Augmented:
     prepare: _Prepare
 
     def __call__(self, place: int, rng: np.random.Generator) -> Example:
-        return self.prepare(self.source[place], rng)
+        return self.source.good(place, lambda example: self.prepare(example, rng))
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,9 @@ from PIL import Image, ImageOps
 
 from vit_jax.data import augment
 from vit_jax.data.crops import Box, Size, sample_inception_box, sample_resized_box
-from vit_jax.data.decode import decode
-from vit_jax.data.resize import METHODS, resize
+from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.deferred import Deferred, TooLarge, resize
+from vit_jax.data.resize import METHODS
 from vit_jax.errors import UserError
 
 __all__ = [
@@ -206,7 +207,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Transform:
-    """Steps that take an image of any size to one of `image_size`, (height, width)."""
+    """Steps that take an image of any size to one of `image_size`, (height, width).
+
+    Of an image that a step makes enormous, only what the next crop keeps is made; if that is
+    too much as well, `deferred.TooLarge` is raised.
+    """
 
     spec: str
     image_size: Size
@@ -214,7 +219,11 @@ class Transform:
 
     def __call__(self, image: Image.Image, rng: Rng | None = None) -> Image.Image:
         for step in self.steps:
+            if isinstance(image, Deferred) and step.name != "center_crop":
+                image = image.whole()
             image = step(image, rng, self.image_size)
+        if isinstance(image, Deferred):
+            image = image.whole()
         if (image.height, image.width) != self.image_size:
             raise UserError(
                 f"transform {self.spec!r} leaves an image of {image.height} x {image.width} "
@@ -222,6 +231,16 @@ class Transform:
                 "or resize_shorter(...)|center_crop, or inception_crop."
             )
         return image
+
+    def of(self, image: Image.Image, name: str, rng: Rng | None = None) -> Image.Image:
+        """The same for an image called `name`. Raises BadImage for one that asks too much."""
+        try:
+            return self(image, rng)
+        except (TooLarge, MemoryError) as error:
+            reason = str(error) or "there is not enough memory"
+            raise BadImage(
+                f"image {name} cannot be resized ({reason}); remove it, or make it smaller."
+            ) from error
 
 
 def parse_transform(spec: str, image_size: Size) -> Transform:

@@ -49,14 +49,19 @@ def resize(image: Image.Image, size: tuple[int, int], method: str) -> Image.Imag
     height, width = size
     if (width, height) == image.size:
         return image
-    if method == "area":
-        return _by_taps(image, size, _area_taps)
+    if taps := taps_of(method):
+        return by_taps(image, size, taps, (0, 0, width, height))
     if cykooz_resizer:
         return _by_cykooz(image, size, method)
-    if method == "bilinear":
-        return _by_taps(image, size, _bilinear_taps)
     rows = image.resize((width, image.height), _PIL_FILTERS[method])
     return rows.resize((width, height), _PIL_FILTERS[method])
+
+
+def taps_of(method: str) -> Any:
+    """Which pixels are added up, for the methods that are computed here, or None."""
+    if method == "area":
+        return _area_taps
+    return _bilinear_taps if method == "bilinear" and not cykooz_resizer else None
 
 
 def _by_cykooz(image: Image.Image, size: tuple[int, int], method: str) -> Image.Image:
@@ -81,10 +86,14 @@ def _options(algorithm: str, kernel: str) -> Any:
     return cykooz_resizer.ResizeOptions(chosen)
 
 
-def _by_taps(image: Image.Image, size: tuple[int, int], taps: Any) -> Image.Image:
+def by_taps(
+    image: Image.Image, size: tuple[int, int], taps: Any, box: tuple[int, int, int, int]
+) -> Image.Image:
+    """The pixels in `box` (left, top, right, bottom) of the image resized to `size`."""
+    left, top, right, bottom = box
     pixels = np.asarray(image)
-    for axis, length in enumerate(size):
-        pixels = _gather(pixels, axis, *taps(pixels.shape[axis], length))
+    for axis, (length, *part) in enumerate(((size[0], top, bottom), (size[1], left, right))):
+        pixels = _gather(pixels, axis, *taps(pixels.shape[axis], length, np.arange(*part)))
     return Image.fromarray((pixels + 0.5).astype(np.uint8))
 
 
@@ -99,22 +108,24 @@ def _gather(
     return total
 
 
-def _bilinear_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two pixels whose centres lie around each new centre.
+def _bilinear_taps(
+    before: int, after: int, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The two pixels whose centres lie around the new centre of each of the `wanted`.
 
     PIL samples likewise in `Image.transform` with EXTENT, but drops the fraction: that
     darkens an image by 0.45 levels, and is no faster.
     """
-    centre = (np.arange(after) + 0.5) * (before / after) - 0.5
+    centre = (wanted + 0.5) * (before / after) - 0.5
     first = np.floor(centre)
     share = centre - first
     return first.astype(np.intp), np.stack([1 - share, share]).astype(np.float32)
 
 
-def _area_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pixels that a new pixel covers, each by the part of it that is covered."""
+def _area_taps(before: int, after: int, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All pixels that each of the `wanted` covers, each by the part of it that is covered."""
     scale = before / after
-    low, high = np.arange(after) * scale, (np.arange(after) + 1) * scale
+    low, high = wanted * scale, (wanted + 1) * scale
     first = np.floor(low)
     left = first + np.arange(int(np.ceil(high - first).max()))[:, None]
     covered = np.minimum(high, left + 1) - np.maximum(low, left)

@@ -13,6 +13,7 @@ Every source takes the same split grammar, that of TensorFlow Datasets: `train`,
 `train+validation[:50%]`.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import re
@@ -63,6 +64,8 @@ def load(source: str, split: str, data_dir: str | None = None) -> Source:
     parts = [_parse_split(part) for part in split.split("+")]
     opened = [part.of(_KINDS[kind].open(argument, part.base, data_dir)) for part in parts]
     whole = opened[0] if len(opened) == 1 else Concatenation(opened)
+    if len(whole) == 0:
+        raise UserError(f"split {split!r} of {source} holds no images; choose another split.")
     _check_labels(whole)
     return whole
 
@@ -108,6 +111,20 @@ def digest(*parts: str | np.ndarray) -> str:
         hasher.update(f"{part.dtype.str}{part.shape}".encode())
         hasher.update(np.ascontiguousarray(part).data)
     return hasher.hexdigest()
+
+
+def renumber(labels: np.ndarray, positions: np.ndarray, classes: int) -> np.ndarray:
+    """Labels where class i of before is class `positions[i]` of `classes`.
+
+    `labels` are integers of any shape, of which those out of range become -1, or booleans
+    (..., K) that say for each class whether it is there.
+    """
+    if labels.dtype == bool:
+        moved = np.zeros((*labels.shape[:-1], classes), bool)
+        moved[..., positions] = labels
+        return moved
+    known = (labels >= 0) & (labels < len(positions))
+    return np.where(known, positions[np.where(known, labels, 0)], -1).astype(labels.dtype)
 
 
 def _check_labels(source: Source) -> None:
@@ -275,6 +292,11 @@ class ArraySource:
 
     def fingerprint(self, start: int, stop: int) -> str:
         return digest(self.images[start:stop], self.labels[start:stop].astype(np.int64))
+
+    def with_classes(self, positions: np.ndarray, names: tuple[str, ...]) -> "ArraySource":
+        """As `classes.as_classes` has it."""
+        labels = renumber(self.labels, positions, len(names))
+        return dataclasses.replace(self, labels=labels, class_names=names)
 
 
 def _open_digits(argument: str, split: str, data_dir: str | None) -> Source:
