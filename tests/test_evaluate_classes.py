@@ -100,6 +100,19 @@ def config_of(root, steps):
     return config
 
 
+def test_classes_in_another_order_are_numbered_as_the_run_began(tmp_path):
+    write_folders(tmp_path, NAMES)
+    config = config_of(tmp_path, 4)
+    first = train.build(config)
+    assert first.card["class_names"] == list(NAMES)
+    (tmp_path / "classes.txt").write_text("cat\ndog\nemu\n")
+    again = train.build(config, NAMES)
+    assert again.card == first.card  # fingerprints of the data, too
+    np.testing.assert_array_equal(again.source.labels, first.source.labels)
+    assert train.build(config).card["class_names"] == ["cat", "dog", "emu"]
+
+
+@pytest.mark.slow
 def test_a_run_goes_on_when_its_classes_are_listed_in_another_order(tmp_path):
     write_folders(tmp_path / "data", NAMES)
     config = config_of(tmp_path / "data", 4)

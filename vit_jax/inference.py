@@ -13,9 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax import experiment
-from vit_jax.data import preprocess
+from vit_jax.data import files, preprocess
 from vit_jax.data.decode import decode
-from vit_jax.data.folder import EXTENSIONS
 from vit_jax.errors import UserError
 from vit_jax.trained import Trained
 from vit_jax.training import sharding
@@ -33,16 +32,19 @@ class Unreadable(NamedTuple):
 def find_images(paths: list[str]) -> list[str]:
     """Files as given, folders as the sorted image files in them, nested ones too.
 
+    Hidden files in folders are passed over, as they are in training.
+
     Raises:
       UserError: a path does not exist, or a folder holds no image.
     """
     found: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
-            if not inside:
+            inside = files.search(path, "", {})
+            if not inside.files():
                 raise UserError(f"the folder {path} holds no images: pass a folder that does")
-            found += map(str, inside)
+            files.tell_of_passed(path, files.passed_over(inside))
+            found += map(str, sorted(path / name for name in inside.files()))
         elif path.exists():
             found.append(str(path))
         else:

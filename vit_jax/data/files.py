@@ -3,13 +3,31 @@
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 
 import numpy as np
+from PIL import Image
 
+from vit_jax.data.decode import FORMATS
 from vit_jax.data.sources import digest, renumber
+
+# Formats that `decode` reads, as far as this Pillow has them; `.pfm` is floating-point.
+_COMMON = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXTENSIONS = _COMMON + tuple(
+    ending
+    for ending, form in sorted(Image.registered_extensions().items())
+    if form in FORMATS and ending not in (*_COMMON, ".pfm")
+)
+ARRAYS = (".npy",)  # are images where there are no others
+
+# Folders that systems make for themselves; as for all names with a dot in front, nobody means
+# what is in them.
+_OF_SYSTEMS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information")
 
 HELD_OUT_SHARE = 0.2
 SPLITS = ("train", "test", "all")
@@ -56,6 +74,93 @@ class Paths(Sequence[str]):
         buffer = self.buffer.data
         joined = b"".join(buffer[a:b] for a, b in zip(begins, ends, strict=True))
         return Paths(np.frombuffer(joined, np.uint8), np.cumsum(lengths))
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over by every command."""
+    return name.startswith(".") or name.casefold() in _OF_SYSTEMS
+
+
+class Found(NamedTuple):
+    """What lies in a folder: paths relative to where the search began.
+
+    Attributes:
+      images: files that `EXTENSIONS` names.
+      arrays: files that `ARRAYS` names.
+      passed: how many other files there are, by ending, and `hidden` ones.
+    """
+
+    images: list[str]
+    arrays: list[str]
+    passed: Counter[str]
+
+    def files(self) -> list[str]:
+        """The images, or else the arrays."""
+        return self.images or self.arrays
+
+
+def search(root: str | Path, start: str, dates: dict[str, int]) -> Found:
+    """Looks through `root/start` and the folders in it, and notes the dates of folders.
+
+    A folder that is a link to one that it lies in is not entered.
+    """
+    found = Found([], [], Counter())
+    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [(start, frozenset())]
+    while pending:
+        folder, above = pending.pop()
+        status = os.stat(os.path.join(root, folder))
+        if (identity := (status.st_dev, status.st_ino)) in above:
+            continue
+        dates[folder] = status.st_mtime_ns
+        with os.scandir(os.path.join(root, folder)) as entries:
+            for entry in entries:
+                path = f"{folder}/{entry.name}" if folder else entry.name
+                if is_hidden(entry.name):
+                    found.passed["hidden"] += 1
+                elif entry.is_dir():
+                    pending.append((path, above | {identity}))
+                # To open a pipe would wait for ever; a dead link is an error when read.
+                elif entry.is_file() or entry.is_symlink():
+                    _sort(entry.name, path, found)
+    return found
+
+
+def _sort(name: str, path: str, found: Found) -> None:
+    lower = name.lower()
+    if lower.endswith(EXTENSIONS):
+        found.images.append(path)
+    elif lower.endswith(ARRAYS):
+        found.arrays.append(path)
+    else:
+        found.passed[os.path.splitext(lower)[1] or "without an ending"] += 1
+
+
+def passed_over(found: Found) -> Counter[str]:
+    """What is not among `found.files()`."""
+    return found.passed + Counter({".npy": len(found.arrays) if found.images else 0})
+
+
+_told: set[str] = set()  # a folder is looked at again for every split
+
+
+def tell_once(note: str) -> None:
+    """Says it on stderr, unless this process has said it before."""
+    if note not in _told:
+        _told.add(note)
+        print(note, file=sys.stderr)
+
+
+def tell_of_passed(root: str | Path, passed: Mapping[str, int]) -> None:
+    """Says on stderr how many files below `root` are no images, and of which kinds."""
+    if not passed:
+        return
+    count = sum(passed.values())
+    kinds = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
+    listed = ", ".join(f"{n:,} {kind}" for kind, n in kinds[:5]) + ", ..." * (len(kinds) > 5)
+    tell_once(
+        f"note: {count:,} file{'s' * (count > 1)} in {str(root)!r} passed over, as no images: "
+        f"{listed}"
+    )
 
 
 @dataclass(frozen=True)

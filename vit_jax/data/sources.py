@@ -18,7 +18,7 @@ import difflib
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +26,15 @@ import numpy as np
 
 from vit_jax.errors import UserError
 
-HELD_OUT = ("val", "validation", "test")
+# What splits are called, in any case; names of one kind mean the same.
+_SPLIT_KINDS = {
+    "train": ("train", "training"),
+    "validation": ("val", "validation", "valid", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+SPLITS = tuple(name for names in _SPLIT_KINDS.values() for name in names)
+# Asked for by one of these, the only held-out split there is will do, whatever it is called.
+_ANY_HELD_OUT = ("val", "validation", "test")
 _LOOKED_AT = 64  # examples whose labels are checked where reading all would take too long
 
 
@@ -255,20 +263,53 @@ class Concatenation:
         return digest(*found)
 
 
+def split_kind(name: str) -> str | None:
+    """`train`, `validation` or `test` if that is what `name` means, in any case."""
+    for kind, names in _SPLIT_KINDS.items():
+        if name.casefold() in names:
+            return kind
+    return None
+
+
+def in_order(splits: Iterable[str]) -> tuple[str, ...]:
+    """Splits with the one to train on first, by name."""
+    return tuple(sorted(splits, key=lambda name: (split_kind(name) != "train", name)))
+
+
 def pick_split(requested: str, available: Sequence[str], where: str) -> str:
     """The available split that `requested` means.
 
-    `val` and `validation` are one name; `test` is another, unless only one set is held out.
-    Raises UserError, listing what exists.
+    `val`, `validation`, `valid` and `dev` are one name, in any case; `test` is another, unless
+    only one set is held out. Raises UserError, listing what exists.
     """
     if requested in available:
         return requested
-    held_out = [name for name in available if name in HELD_OUT]
-    if requested in ("val", "validation"):
-        held_out = [name for name in held_out if name != "test"] or held_out
-    if requested in HELD_OUT and len(held_out) == 1:
-        return held_out[0]
+    kind = split_kind(requested)
+    same = [name for name in available if kind and split_kind(name) == kind]
+    same = same or [name for name in available if name.casefold() == requested.casefold()]
+    if not same and requested.casefold() in _ANY_HELD_OUT:
+        same = [name for name in available if split_kind(name) in ("validation", "test")]
+    if len(same) == 1:
+        return same[0]
     raise UserError(f"{where} has no split {requested!r}; it has {', '.join(available)}.")
+
+
+def split_options(argument: str, names: Sequence[str], kind: str) -> tuple[str, dict[str, str]]:
+    """`PATH,label=breed` -> the path and `{"label": "breed"}`, of the options `names`.
+
+    Raises UserError for an option twice or without a value.
+    """
+    option = rf",\s*({'|'.join(names)})=([^,]*)"
+    match = re.fullmatch(rf"(.*?)((?:{option})*)", argument, re.DOTALL)
+    assert match is not None  # the path takes all that is no option
+    found = re.findall(option, match[2])
+    options = {name: value.strip() for name, value in found}
+    if len(options) < len(found) or not all(options.values()):
+        raise UserError(
+            f"{kind}:{argument} has an option without a value, or one twice; write it like "
+            f"{kind}:PATH,{names[0]}=NAME."
+        )
+    return match[1], options
 
 
 # ---- data sets that need no files --------------------------------------------------------
