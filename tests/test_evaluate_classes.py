@@ -153,6 +153,16 @@ def test_zero_steps_say_why(tmp_path):
         train.build(config)
 
 
+def test_an_empty_split_is_found_before_training(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "0.png")  # a single one is to train on
+    config = tiny()
+    config.data.source = f"folder:{tmp_path}"
+    with pytest.raises(UserError, match=f"split 'test' of folder:{tmp_path} holds no images"):
+        train.build(config)
+
+
 def test_a_batch_larger_than_the_data_set_is_told_of(capsys):
     config = tiny(batch_size=4096)
     train.build(config)

@@ -120,7 +120,13 @@ def build_schedule(config: ConfigDict, examples: int) -> Schedule:
 
 
 def open_source(config: ConfigDict, split: str) -> sources.Source:
-    return sources.load(config.data.source, split, config.data.data_dir)
+    """Raises UserError if it cannot be opened, or holds nothing."""
+    source = sources.load(config.data.source, split, config.data.data_dir)
+    if len(source) == 0:
+        raise UserError(
+            f"split {split!r} of {config.data.source} holds no images: choose another split"
+        )
+    return source
 
 
 def eval_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, Any]:

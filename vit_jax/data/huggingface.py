@@ -3,12 +3,16 @@
 hf:NAME or hf:NAME@CONFIG      of the hub: cifar100@cifar100, owner/name
 hf:PATH                        a folder saved by `save_to_disk`, one of Parquet or Arrow files,
                                an imagefolder, or one such file
+hf:NAME,image=scan,label=age   and these columns of it
 
-The image is the column of type Image; the label is the column of type ClassLabel, or else the
-one called label or labels, of integers or strings. Nothing but columns is read before it is
-asked for, and images arrive encoded.
+The image is the column `image` or `img`, else the only one of images: of type Image, of bytes,
+or of {bytes, path}. The label is the column `label`, `labels` or `fine_label` of type
+ClassLabel, else the only ClassLabel, else a column of one of these names: integers, strings,
+booleans or whole floats. Where several columns remain, one must be chosen. Nothing but columns
+is read before it is asked for, and images arrive encoded.
 """
 
+import dataclasses
 import importlib
 import re
 from collections.abc import Mapping
@@ -19,12 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.data.sources import digest, pick_split
+from vit_jax.data.sources import digest, in_order, pick_split, renumber, split_options
 from vit_jax.errors import UserError
 
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
 _SAVED = ("dataset_dict.json", "state.json")  # by save_to_disk
-_LABELS = ("label", "labels")
+_IMAGES = ("image", "img")
+_LABELS = ("label", "labels", "fine_label")
 _ROWS_AT_ONCE = 100_000
 
 
@@ -90,30 +95,54 @@ class HuggingFaceSource:
             parts.append(digest(sizes.to_numpy(), "\n".join(names.fill_null("").to_pylist())))
         return digest(self.labels[start:stop], *parts)
 
+    def with_classes(
+        self, positions: np.ndarray, names: tuple[str, ...]
+    ) -> "HuggingFaceSource":
+        """As `classes.as_classes` has it."""
+        if self.named:
+            return dataclasses.replace(self, class_names=names)
+        if self.positions is not None:
+            positions = renumber(self.positions, positions, len(names))
+        return dataclasses.replace(self, class_names=names, positions=positions)
 
-def open_huggingface(name: str, split: str) -> HuggingFaceSource:
-    """Opens a whole split of `name`, which is fetched if it is not on this machine.
+
+def open_huggingface(argument: str, split: str) -> HuggingFaceSource:
+    """Opens a whole split of a data set, which is fetched if it is not on this machine.
 
     Raises:
       UserError: the library is missing; the data set cannot be found, fetched or read; it
-        lacks the split, or has no image or no label.
+        lacks the split, or has no image or no label, or several of which none is chosen.
     """
+    name, options = split_options(argument, ("image", "label"), "hf")
     tables = _load(name)
-    split = pick_split(split, _ordered(tables), f"hf:{name}")
-    image, label = _keys(tables[split].features, name)
+    split = pick_split(split, in_order(tables), f"hf:{name}")
+    features = tables[split].features
+    image = _image_key(features, name, options.get("image"))
+    label = _label_key(features, name, options.get("label"), image)
     class_names, named = _classes(tables, label, name)
     table = tables[split].select_columns([image, label])
     table = table.cast_column(image, _datasets(name).Image(decode=False))
-    return HuggingFaceSource(table, image, label, class_names, named, f"hf:{name} {split}")
+    source = HuggingFaceSource(table, image, label, class_names, named, f"hf:{name} {split}")
+    own = tuple(getattr(features[label], "names", None) or class_names)
+    return source if own == class_names else _renamed(source, own, class_names)
 
 
-def split_names(name: str) -> tuple[str, ...]:
-    """The splits of `name`, the one to train on first. Raises UserError."""
-    return _ordered(_load(name))
+def _renamed(
+    source: HuggingFaceSource, own: tuple[str, ...], names: tuple[str, ...]
+) -> HuggingFaceSource:
+    """Splits may number one set of names each in its own way. Raises UserError for two sets."""
+    if unknown := sorted(set(own) - set(names)):
+        raise UserError(
+            f"{source.name} has a class {unknown[0]!r}, which the split to train on does not "
+            f"have; use splits of the same classes."
+        )
+    positions = np.array([names.index(name) for name in own])
+    return dataclasses.replace(source, class_names=own).with_classes(positions, names)
 
 
-def _ordered(tables: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(sorted(tables, key=lambda split: (split != "train", split)))
+def split_names(argument: str) -> tuple[str, ...]:
+    """The splits of a data set, the one to train on first. Raises UserError."""
+    return in_order(_load(split_options(argument, ("image", "label"), "hf")[0]))
 
 
 def _datasets(name: str) -> Any:
@@ -166,25 +195,88 @@ def _load_file(path: Path, name: str) -> Any:
     return _datasets(name).load_dataset(form, data_files=str(path))
 
 
-def _keys(features: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """The columns of the image and the label, each the first of its kind."""
-    datasets = _datasets(name)
-    kinds = {key: getattr(value, "dtype", "") for key, value in features.items()}
-    images = [key for key, value in features.items() if isinstance(value, datasets.Image)]
-    labels = [key for key, value in features.items() if isinstance(value, datasets.ClassLabel)]
-    labels += [key for key in _LABELS if re.match(r"u?int|(large_)?string", kinds.get(key, ""))]
-    if not images or not labels:
+# ---- which columns -----------------------------------------------------------------------
+
+
+def _image_key(features: Mapping[str, Any], name: str, chosen: str | None) -> str:
+    """The column of images: the one chosen, the one called so, or the only one."""
+    if chosen is not None:
+        return _chosen(features, name, "image", chosen)
+    image = _datasets(name).Image
+    declared = [key for key, value in features.items() if isinstance(value, image)]
+    stored = [key for key, value in features.items() if _holds_bytes(value)]
+    for candidates in (declared, stored):
+        named = [key for key in _IMAGES if key in candidates]
+        if named or len(candidates) == 1:
+            return (named or candidates)[0]
+        if candidates:
+            raise _open_choice(name, "image", candidates)
+    raise _unusable(features, name)
+
+
+def _holds_bytes(feature: Any) -> bool:
+    """A column of encoded images that nobody has declared to be one."""
+    if isinstance(feature, Mapping):
+        return "bytes" in feature and set(feature) <= {"bytes", "path"}
+    return getattr(feature, "dtype", "") in ("binary", "large_binary")
+
+
+def _label_key(features: Mapping[str, Any], name: str, chosen: str | None, image: str) -> str:
+    """The column of labels: the one chosen, the one called so, or the only ClassLabel."""
+    if chosen is not None:
+        return _check_label(features, _chosen(features, name, "label", chosen), name)
+    declared = [k for k, v in features.items() if isinstance(v, _datasets(name).ClassLabel)]
+    plain = [key for key in _LABELS if key in features and key not in declared]
+    named = [key for key in _LABELS if key in declared]
+    if named:
+        return named[0]
+    if len(declared) == 1:
+        return declared[0]
+    if plain:
+        return _check_label(features, plain[0], name)
+    if declared:
+        raise _open_choice(name, "label", declared)
+    raise _unusable(features, name)
+
+
+def _check_label(features: Mapping[str, Any], key: str, name: str) -> str:
+    kind = getattr(features[key], "dtype", "")
+    if isinstance(features[key], _datasets(name).ClassLabel) or re.match(_PLAIN, str(kind)):
+        return key
+    raise _unusable(features, name)
+
+
+_PLAIN = r"u?int|float|bool|(large_)?string"
+
+
+def _chosen(features: Mapping[str, Any], name: str, what: str, chosen: str) -> str:
+    if chosen not in features:
         raise UserError(
-            f"hf:{name} cannot be used to classify images, because it has columns "
-            f"{', '.join(features)} and needs an Image and a ClassLabel (or a column "
-            "`label` of integers or strings) among them."
+            f"hf:{name} has no column {chosen!r}; give {what}=NAME with one of "
+            f"{', '.join(features)}."
         )
-    return images[0], labels[0]
+    return chosen
+
+
+def _open_choice(name: str, what: str, candidates: list[str]) -> UserError:
+    return UserError(
+        f"hf:{name} has several columns that can be the {what}: {', '.join(candidates)}; "
+        f"choose one, as in hf:{name},{what}={candidates[0]}."
+    )
+
+
+def _unusable(features: Mapping[str, Any], name: str) -> UserError:
+    return UserError(
+        f"hf:{name} cannot be used to classify images, because it has columns "
+        f"{', '.join(features)} and needs an Image and a ClassLabel (or a column "
+        "`label` of integers or strings) among them; others can be chosen: "
+        f"hf:{name},image=NAME,label=NAME."
+    )
 
 
 def _classes(tables: Mapping[str, Any], label: str, name: str) -> tuple[tuple[str, ...], bool]:
     """The names of the classes, and whether labels are stored as these names."""
-    first = tables[_ordered(tables)[0]]
+    first = tables[in_order(tables)[0]]
     feature = first.features[label]
     if isinstance(feature, _datasets(name).ClassLabel):
         return tuple(feature.names), False
@@ -196,4 +288,11 @@ def _classes(tables: Mapping[str, Any], label: str, name: str) -> tuple[tuple[st
         raise UserError(f"hf:{name} has no label in its column {label!r}; choose another set.")
     if "string" in feature.dtype:
         return tuple(sorted(found)), True
-    return tuple(str(i) for i in range(max(max(found), 0) + 1)), False
+    if "bool" in feature.dtype:
+        return ("False", "True"), False
+    if broken := sorted(x for x in found if x != int(x)):
+        raise UserError(
+            f"hf:{name} has label {broken[0]} in its column {label!r}, which is no class; use "
+            "whole numbers or names."
+        )
+    return tuple(str(i) for i in range(max(int(max(found)), 0) + 1)), False

@@ -72,8 +72,6 @@ def load(source: str, split: str, data_dir: str | None = None) -> Source:
     parts = [_parse_split(part) for part in split.split("+")]
     opened = [part.of(_KINDS[kind].open(argument, part.base, data_dir)) for part in parts]
     whole = opened[0] if len(opened) == 1 else Concatenation(opened)
-    if len(whole) == 0:
-        raise UserError(f"split {split!r} of {source} holds no images; choose another split.")
     _check_labels(whole)
     return whole
 
