@@ -117,6 +117,9 @@ def get_config() -> ConfigDict:
     data.data_dir = placeholder(str)  # where tfds: finds prepared data sets
     data.train_split = "train"
     data.eval_split = "validation"
+    # Images with several labels, or none: auto | what stands between labels, such as ; or
+    # space; see data/multi_label.py. None: every image has one. Needs objective.loss="sigmoid".
+    data.multi_label = placeholder(str)
     data.channels = 3  # 1: grey, 3: RGB
     data.train_transform = "inception_crop(0.05, 1.0)|flip"  # see data/preprocess.py
     data.eval_transform = "resize"

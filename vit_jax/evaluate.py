@@ -11,6 +11,10 @@ done on ImageNet-A and ImageNet-R. Where names say nothing ("n01440764" and "ten
 counts, and a note says so. --classes says which output is which class, --class_names what the
 outputs are called.
 
+Of images with several labels (`data.multi_label`, or --multi_label for published weights),
+mean average precision stands in place of accuracy, with that of each class, and precision,
+recall and F1 of all labels together at --threshold.
+
 How good the representation is without fine-tuning, of any model (one without a head too) and
 on data of any classes:
 
@@ -49,9 +53,9 @@ from vit_jax.data import pipeline
 from vit_jax.data.classes import Mismatch, as_classes, chosen, match, read_names, some
 from vit_jax.errors import UserError
 from vit_jax.models.model import Model
-from vit_jax.objectives.classification import Classification
-from vit_jax.training import probes, sharding
+from vit_jax.training import probes, ranking, sharding
 from vit_jax.training.evaluate import evaluate
+from vit_jax.training.ranking import Ranking
 from vit_jax.training.step import make_eval_step
 
 
@@ -61,18 +65,28 @@ def evaluate_trained(
     batch_size: int,
     mesh: jax.sharding.Mesh,
     outputs: tuple[int, ...] | None = None,
+    tell_ranking: Callable[[Ranking], object] = lambda ranking: None,
 ) -> dict[str, float]:
     """Returns `accuracy`, `loss` (nats, without label smoothing) and `count`.
 
+    Where images have several labels, `mAP` (mean average precision) and `exact_match` stand in
+    place of accuracy, and `tell_ranking` is called with the scores that they rest on.
     `outputs` has for each class of `source` the output of the model that it is; None: the same
     classes in the same order. Outputs that are no class of `source` do not take part.
     """
-    config = model.config
+    config = model.config.copy_and_resolve_references()
+    config.objective.label_smoothing = 0.0
     network = model.model if outputs is None else with_outputs(model.model, outputs)
-    objective = Classification(network, config.objective.loss)
-    step = jax.jit(make_eval_step(objective, experiment.prepare_for_eval(config)))
+    objective = experiment.classify(config, network)
+    # Whole in every process, which scores of examples would not be otherwise.
+    step = jax.jit(
+        make_eval_step(objective, experiment.prepare_for_eval(config)),
+        out_shardings=sharding.replicated(mesh),
+    )
     averages = _over_batches(
-        lambda batches: evaluate(lambda batch: step(model.params, {}, batch), batches),
+        lambda batches: evaluate(
+            lambda batch: step(model.params, {}, batch), batches, tell_ranking=tell_ranking
+        ),
         model,
         source,
         batch_size,
@@ -260,6 +274,12 @@ def define_flags() -> None:
         "between, or a file of one a line. By name unless given.",
     )  # fmt: skip
     flags.DEFINE_string("class_names", None, "What the outputs are called: a file, one a line.")
+    flags.DEFINE_string(
+        "multi_label", None, "Images have several labels: as config.data.multi_label."
+    )
+    flags.DEFINE_float(
+        "threshold", 0.5, "Probability from which on a label counts, of several.", 0, 1
+    )
     flags.DEFINE_string("transform", None, "Preprocessing; the model's own unless given.")
     flags.DEFINE_integer("batch_size", None, "Examples at a time, over all devices.")
     flags.DEFINE_list("few_shot", None, "Images a class for least squares, e.g. 1,5,10.")
@@ -302,6 +322,13 @@ def evaluate_as_told() -> None:
     config.data.eval_split = given.split or config.data.eval_split
     config.data.train_split = given.train_split or config.data.train_split
     config.data.eval_transform = given.transform or config.data.eval_transform
+    if given.multi_label:
+        config.data.multi_label, config.objective.loss = given.multi_label, "sigmoid"
+    if asked.any and config.data.multi_label:
+        raise UserError(
+            "probes (--few_shot, --knn, --linear_probe) need one label of each image, but here "
+            "images have several: leave them out"
+        )
     batch_size = config.eval_batch_size if given.batch_size is None else given.batch_size
     sharding.check_batch_size("--batch_size", batch_size, mesh)
     source = experiment.open_source(config, config.data.eval_split)
@@ -317,12 +344,17 @@ def evaluate_as_told() -> None:
     if fits is not None:
         if note := inference.head_note(model):
             print(f"note: {note}", file=sys.stderr)
-        averages = evaluate_trained(model, source, batch_size, mesh, fits)
-        save(record | averages)
+        rankings: list[Ranking] = []
+        averages = evaluate_trained(model, source, batch_size, mesh, fits, rankings.append)
+        several = describe_ranking(rankings, source.class_names, given.threshold)
+        save(record | averages | several)
+        name = "mAP" if rankings else "accuracy"
         say(
-            f"accuracy {averages['accuracy']:.4f}  loss {averages['loss']:.4f}  count "
+            f"{name} {averages[name]:.4f}  loss {averages['loss']:.4f}  count "
             f"{averages['count']}  ({record['data']} {record['split']}, step {model.step})"
         )
+        if several:
+            say(ranking_table(several, averages["exact_match"]))
     if asked.any:
         results = run_probes(model, train_source, source, asked, batch_size, mesh)
         split = {"train_split": config.data.train_split, "count": len(source)}
@@ -333,6 +365,37 @@ def evaluate_as_told() -> None:
             f"{split['train_split']}, measured on the {split['count']} of {record['split']}"
         )
         say(table(results, asked))
+
+
+def describe_ranking(
+    rankings: list[Ranking], names: tuple[str, ...], threshold: float
+) -> dict[str, Any]:
+    """Average precision of each class (null: no image has it), and what a threshold gives."""
+    if not rankings:
+        return {}
+    [ranked] = rankings
+    each = [None if np.isnan(x) else float(x) for x in ranking.average_precisions(ranked)]
+    return {
+        "average_precision": dict(zip(names, each, strict=True)),
+        "images": dict(zip(names, ranked.there.sum(axis=0).tolist(), strict=True)),
+        "threshold": threshold,
+        **ranking.at_threshold(ranked, threshold)._asdict(),
+    }
+
+
+def ranking_table(found: dict[str, Any], exact_match: float) -> str:
+    """A line for each class, and one for the threshold."""
+    width = max(map(len, (*found["images"], "class")))
+    lines = [f"{'class':{width}}  AP      images"]
+    for name, value in found["average_precision"].items():
+        shown = "-     " if value is None else f"{value:.4f}"
+        lines.append(f"{name:{width}}  {shown}  {found['images'][name]:,}")
+    rates = "  ".join(f"{name} {found[name]:.4f}" for name in ("precision", "recall", "f1"))
+    lines.append(
+        f"at threshold {found['threshold']:g}: {rates}; all labels right of {exact_match:.4f} "
+        f"at 0.5"
+    )
+    return "\n".join(lines)
 
 
 def say(message: str) -> None:

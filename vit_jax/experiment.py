@@ -18,6 +18,7 @@ from vit_jax.models.model import Model
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives.classification import Classification
 from vit_jax.objectives.masked_patches import MaskedPatches
+from vit_jax.objectives.multi_label import MultiLabel
 from vit_jax.training import probes, sharding
 from vit_jax.training.optimizer import Schedule, make_optimizer, make_schedule
 from vit_jax.training.step import (
@@ -29,7 +30,7 @@ from vit_jax.training.step import (
     make_train_step,
 )
 
-Objective = Classification | MaskedPatches
+Objective = Classification | MultiLabel | MaskedPatches
 OBJECTIVES = ("classification", "masked_patches")
 
 
@@ -81,14 +82,31 @@ def build_objective(config: ConfigDict, num_classes: int) -> Objective:
             f"objective.name is {objective.name!r}: use one of {', '.join(OBJECTIVES)}"
         )
     if objective.name == "classification":
-        model = build_model(config, num_classes)
-        return Classification(model, objective.loss, objective.label_smoothing)
+        return classify(config, build_model(config, num_classes))
     if build_mixing(config).mixes:
         raise UserError(
             f"data.mixup is {config.data.mixup} and data.cutmix {config.data.cutmix}, which "
             f"mix labels, but objective.name={objective.name!r} has none: set both to 0"
         )
     return MaskedPatches(build_model(config, 0), objective.target, objective.mask_ratio)
+
+
+def classify(config: ConfigDict, model: Model) -> Classification | MultiLabel:
+    """Learning, or measuring, of labels by the logits of `model`. Raises UserError."""
+    objective, several = config.objective, config.data.multi_label
+    if not several:
+        return Classification(model, objective.loss, objective.label_smoothing)
+    if objective.loss != "sigmoid" or objective.label_smoothing:
+        field, value, need = (
+            ("label_smoothing", objective.label_smoothing, 0)
+            if objective.loss == "sigmoid"
+            else ("loss", objective.loss, "sigmoid")
+        )
+        raise UserError(
+            f"data.multi_label is {several!r}, so that images have several labels, but "
+            f"objective.{field} is {value!r}: set objective.{field}={need}"
+        )
+    return MultiLabel(model)
 
 
 def build_mixing(config: ConfigDict) -> mixing.Mixing:
@@ -121,7 +139,8 @@ def build_schedule(config: ConfigDict, examples: int) -> Schedule:
 
 def open_source(config: ConfigDict, split: str) -> sources.Source:
     """Raises UserError if it cannot be opened, or holds nothing."""
-    source = sources.load(config.data.source, split, config.data.data_dir)
+    data = config.data
+    source = sources.load(data.source, split, data.data_dir, data.multi_label)
     if len(source) == 0:
         raise UserError(
             f"split {split!r} of {config.data.source} holds no images: choose another split"
@@ -191,7 +210,9 @@ def prepare_for_training(config: ConfigDict, num_classes: int) -> Prepare:
         batch = normalize(batch, key)
         if not how.mixes:
             return batch
-        targets = jax.nn.one_hot(batch["label"], num_classes)
+        targets = batch.get("targets")
+        if targets is None:
+            targets = jax.nn.one_hot(batch["label"], num_classes)
         images, targets = mixing.mix(key, batch["image"], targets, how)
         return {**batch, "image": images, "targets": targets}
 
@@ -265,6 +286,11 @@ def build_few_shot(
     The images are chosen when it is called first, from the labels of all of `source`.
     """
     shots, classes = tuple(config.few_shot.shots), len(source.class_names)
+    if shots and config.data.multi_label:
+        raise UserError(
+            f"few_shot.shots is {shots}, but it needs one label of each image, and "
+            f"data.multi_label is {config.data.multi_label!r}: set few_shot.shots=()"
+        )
     step = probes.make_feature_step(model, prepare_for_eval(config), mesh)
     chosen: list[probes.Subsets] = []
 

@@ -1,8 +1,9 @@
 """Classifies images: `python -m vit_jax.predict --workdir=DIR IMAGE_OR_FOLDER ...`.
 
-Prints the most probable classes of each image, and with --output=FILE.jsonl writes them as
-one JSON object a line. Folders are searched for images, nested ones too. An image that cannot
-be read is reported and skipped, and makes the exit code 1.
+Prints the most probable classes of each image, or those from --threshold on, which is 0.5 for
+a model that was trained on images with several labels; and with --output=FILE.jsonl writes them
+as one JSON object a line. Folders are searched for images, nested ones too. An image that
+cannot be read is reported and skipped, and makes the exit code 1.
 """
 
 import contextlib
@@ -29,9 +30,14 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    model: trained.Trained, paths: list[str], topk: int, batch_size: int | None, mesh: Any
+    model: trained.Trained,
+    paths: list[str],
+    topk: int,
+    batch_size: int | None,
+    mesh: Any,
+    threshold: float | None = None,
 ) -> Iterator[Prediction | Unreadable]:
-    """Yields one result for each path, in order.
+    """Yields one result for each path, in order: `topk` classes, or all from `threshold` on.
 
     Raises:
       UserError: the model has no classes.
@@ -47,7 +53,8 @@ def predict(
         if isinstance(row, Unreadable):
             yield row
         else:
-            best = np.argsort(-row, kind="stable")[:topk]
+            best = np.argsort(-row, kind="stable")
+            best = best[:topk] if threshold is None else best[row[best] >= threshold]
             yield Prediction(path, [(names[k], float(row[k])) for k in best])
 
 
@@ -55,6 +62,9 @@ def define_flags() -> None:
     trained.define_flags()
     flags.adopt_module_key_flags(trained)  # so that --help shows them
     flags.DEFINE_integer("topk", 5, "How many classes to show.", lower_bound=1)
+    flags.DEFINE_float(
+        "threshold", None, "Show all classes from this probability on instead.", 0, 1
+    )
     flags.DEFINE_string("output", None, "Also write the predictions to this JSONL file.")
     flags.DEFINE_integer(
         "batch_size", None, "Images at a time, over all devices; the fastest unless given."
@@ -77,7 +87,10 @@ def main(positional: list[str]) -> None:
         output = None
         if given.output:
             output = stack.enter_context(open_output(Path(given.output)))
-        results = predict(model, paths, given.topk, batch_size, mesh)
+        threshold = given.threshold
+        if threshold is None and model.config.data.multi_label:
+            threshold = 0.5
+        results = predict(model, paths, given.topk, batch_size, mesh, threshold)
         # Where results scroll by on the terminal they are the progress.
         hidden = True if sys.stdout.isatty() else None
         for result in tqdm(results, total=len(paths), unit="image", disable=hidden):
@@ -86,7 +99,7 @@ def main(positional: list[str]) -> None:
                 print(f"error: {result.reason}", file=sys.stderr)
                 continue
             shown = "  ".join(f"{name} {100 * p:.2f}%" for name, p in result.classes)
-            print(f"{result.path}: {shown}")
+            print(f"{result.path}: {shown or f'no class from {threshold:g} on'}")
             if output:
                 classes = [{"class": name, "probability": p} for name, p in result.classes]
                 record = {"image": result.path, "predictions": classes}

@@ -60,7 +60,12 @@ class Options(NamedTuple):
 
 
 def prepare(
-    source: str, output: Path, splits: dict[str, str], options: Options, data_dir: str | None
+    source: str,
+    output: Path,
+    splits: dict[str, str],
+    options: Options,
+    data_dir: str | None,
+    multi_label: str | None = None,
 ) -> dict[str, Any]:
     """Packs `splits` (name: which part of `source`) into the folder `output`, atomically.
 
@@ -71,7 +76,10 @@ def prepare(
       UserError: the source cannot be read, its splits have different classes, there are too
         many bad images, or `output` cannot be written.
     """
-    opened = {name: sources.load(source, split, data_dir) for name, split in splits.items()}
+    opened = {
+        name: sources.load(source, split, data_dir, multi_label)
+        for name, split in splits.items()
+    }
     class_names = next(iter(opened.values())).class_names
     if any(split.class_names != class_names for split in opened.values()):
         raise UserError(
@@ -172,6 +180,9 @@ def define_flags() -> None:
         "max_bad", None, "Images of a split that may be left out; else one in a hundred.", 0
     )
     flags.DEFINE_bool("force", False, "Replace an OUTPUT that exists.")
+    flags.DEFINE_string(
+        "multi_label", None, "Images have several labels: as config.data.multi_label."
+    )
     flags.DEFINE_string("data_dir", None, "Where tfds: finds prepared data sets.")
     flags.DEFINE_integer("threads", 16, "Threads that read and decode.", 1)
 
@@ -207,7 +218,8 @@ def main(positional: list[str]) -> None:
         )
     options = Options(given.shards, given.resize_shorter, given.max_bad, given.threads)
     splits = _splits(source, given.split, given.data_dir)
-    for name, split in prepare(source, output, splits, options, given.data_dir).items():
+    packed = prepare(source, output, splits, options, given.data_dir, given.multi_label)
+    for name, split in packed.items():
         without = f", {len(split['left_out']):,} left out" if split["left_out"] else ""
         print(
             f"{name}: {split['examples']:,} examples in {len(split['shards'])} files{without}"

@@ -197,19 +197,28 @@ def choose(runs: dict[str, Any]) -> str:
     finished = {name: run["metrics"] for name, run in runs.items() if "metrics" in run}
     if not finished:
         raise UserError(f"all of {', '.join(runs)} failed: add lower values to config.sweep.lr")
-    score = lambda name: (finished[name]["eval/accuracy"], -finished[name]["eval/loss"])
+    score = lambda name: (_score(finished[name]), -finished[name]["eval/loss"])
     return max(finished, key=score)
+
+
+def _score_name(metrics: dict[str, Any]) -> str:
+    """What runs are compared by: of images with several labels, mean average precision."""
+    return "accuracy" if "eval/accuracy" in metrics else "mAP"
+
+
+def _score(metrics: dict[str, Any]) -> float:
+    return float(metrics[f"eval/{_score_name(metrics)}"])
 
 
 def table(runs: dict[str, Any], chosen: str) -> str:
     """The runs, one a line."""
     width = max(map(len, runs))
-    lines = [f"{'run':{width}}  accuracy    loss"]
+    lines = [f"{'run':{width}}  {_score_name(runs[chosen]['metrics']):>8}    loss"]
     for name, run in runs.items():
         metrics = run.get("metrics")
         numbers = "  failed       -"
         if metrics:
-            numbers = f"{metrics['eval/accuracy']:8.4f}{metrics['eval/loss']:8.4f}"
+            numbers = f"{_score(metrics):8.4f}{metrics['eval/loss']:8.4f}"
         lines.append(f"{name:{width}}  {numbers}{'  <- best' if name == chosen else ''}")
     return "\n".join(lines)
 
@@ -233,9 +242,7 @@ def draw(runs: dict[str, Any], chosen: str, title: str, path: Path) -> None:
     for run in runs.values():
         curves.setdefault(tuple(run["steps"] or ()), []).append(run)
     for i, (steps, members) in enumerate(curves.items()):
-        points = sorted(
-            (r["lr"], r["metrics"]["eval/accuracy"]) for r in members if "metrics" in r
-        )
+        points = sorted((r["lr"], _score(r["metrics"])) for r in members if "metrics" in r)
         axes.plot(
             [rate for rate, _ in points],
             [accuracy for _, accuracy in points],
@@ -245,7 +252,7 @@ def draw(runs: dict[str, Any], chosen: str, title: str, path: Path) -> None:
         )
     best = runs[chosen]
     axes.plot(
-        best["lr"], best["metrics"]["eval/accuracy"], "o", markersize=14, fillstyle="none",
+        best["lr"], _score(best["metrics"]), "o", markersize=14, fillstyle="none",
         color="black", label="chosen",
     )  # fmt: skip
     if failed := sorted({run["lr"] for run in runs.values() if "failed" in run}):
@@ -255,7 +262,8 @@ def draw(runs: dict[str, Any], chosen: str, title: str, path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
-    axes.set(xlabel="peak learning rate", ylabel="held-out accuracy", title=title)
+    held_out = f"held-out {_score_name(best['metrics'])}"
+    axes.set(xlabel="peak learning rate", ylabel=held_out, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as part:
@@ -296,7 +304,8 @@ def sweep(
         write_record(record, workdir)
         title = f"{config.init_from or config.model.variant} on {config.data.source}"
         draw(runs, chosen, title, workdir / "sweep.png")
-        print(f"\naccuracy on {config.data.eval_split}:\n{table(runs, chosen)}", flush=True)
+        name = _score_name(runs[chosen]["metrics"])
+        print(f"\n{name} on {config.data.eval_split}:\n{table(runs, chosen)}", flush=True)
         if config.sweep.train_split:
             setting = next(setting for setting in grid if setting.name == chosen)
             train_final(config, setting, record, workdir, overridden, stop)
@@ -374,8 +383,8 @@ def main(positional: list[str]) -> None:
     if config.sweep.train_split:
         metrics = final["metrics"]
         print(
-            f"test accuracy {metrics['eval/accuracy']:.4f} of {metrics['eval/count']} examples "
-            f"({final['test_split']}), trained on {final['train_split']}"
+            f"test {_score_name(metrics)} {_score(metrics):.4f} of {metrics['eval/count']} "
+            f"examples ({final['test_split']}), trained on {final['train_split']}"
         )
     else:
         print("no final run: config.sweep.train_split is not set")

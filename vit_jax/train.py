@@ -576,7 +576,7 @@ def main(positional: list[str]) -> None:
         cache.keep_compiled_programs()
         result = train(*arguments)
     if result and processes.is_first():
-        name = "accuracy" if "eval/accuracy" in result else "loss"
+        name = next(x for x in ("accuracy", "mAP", "loss") if f"eval/{x}" in result)
         print(f"{name} {result[f'eval/{name}']:.4f} of {result['eval/count']} examples")
 
 

@@ -154,7 +154,7 @@ def test_columns_are_found_by_their_kind(tmp_path):
 
 
 def many(tmp_path, n=6, **columns):
-    """Columns by name: (values, feature); an image is made for every `datasets.Image` feature."""
+    """Writes columns, of which each is (values, feature); returns the source."""
     values = {key: column for key, (column, _) in columns.items()}
     features = datasets.Features({key: feature for key, (_, feature) in columns.items()})
     data = datasets.Dataset.from_dict(values, features=features)

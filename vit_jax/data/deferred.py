@@ -23,10 +23,8 @@ class TooLarge(ValueError):
     """To make the pixels of this image would take too much memory or time."""
 
 
-def resize(
-    image: Image.Image, size: Size, method: str, *rounding: str
-) -> "Image.Image | Deferred":
-    """As `resize.resize`, at once if the result is small."""
+def resize(image: Image.Image, size: Size, method: str, *rounding: str) -> Any:
+    """As `resize.resize`, if the result is small, else `Deferred`."""
     if size[0] * size[1] <= LARGE:
         return resizing.resize(image, size, method, *rounding)
     return Deferred(image, size, method, *rounding)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from vit_jax.data.decode import FORMATS
-from vit_jax.data.sources import digest, renumber
+from vit_jax.data.sources import digest, plain_label, renumber
 
 # Formats that `decode` reads, as far as this Pillow has them; `.pfm` is floating-point.
 _COMMON = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -165,7 +165,10 @@ def tell_of_passed(root: str | Path, passed: Mapping[str, int]) -> None:
 
 @dataclass(frozen=True)
 class FileSource:
-    """The files `rows` of `files`, relative to `root`, with labels int32 (len(rows),)."""
+    """The files `rows` of `files`, relative to `root`.
+
+    Labels are int32 (len(rows),), or where images have several, bool (len(rows), K).
+    """
 
     root: str
     files: Paths
@@ -178,7 +181,7 @@ class FileSource:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         path = os.path.join(self.root, self.files[int(self.rows[i])])
-        return {"image": path, "label": int(self.labels[i]), "name": path}
+        return {"image": path, "label": plain_label(self.labels[i]), "name": path}
 
     def fingerprint(self, start: int, stop: int) -> str:
         """Of names relative to `root`, and labels; a million files take 0.1 s."""
@@ -193,7 +196,7 @@ class FileSource:
 
 @dataclass(frozen=True)
 class Listing:
-    """Files in order, labels int32 (N,), and which of them are held out, bool (N,)."""
+    """Files in order, labels as of `FileSource`, and which of them are held out, bool (N,)."""
 
     files: Paths
     labels: np.ndarray

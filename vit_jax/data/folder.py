@@ -111,13 +111,20 @@ def _find(argument: str, multi: str | None) -> tuple[Path, str | None, labels.Li
         raise UserError(f"folder:{argument} has classes={nested}: use outer or inner.")
     if path and root.is_file():
         listed = labels.listed_in_file(root)
-        return root.parent, None, dataclasses.replace(listed, multi=multi, **options)
+        return root.parent, None, _with_options(listed, multi, options)
     if not path or not root.is_dir():
         raise UserError(f"folder {path!r} does not exist or is not a folder; give folder:PATH.")
     found = None if nested else labels.find(root)
     if found is None:
         return root, nested, None
-    return root, None, dataclasses.replace(found, multi=multi, **options)
+    return root, None, _with_options(found, multi, options)
+
+
+def _with_options(
+    listed: labels.Listed, multi: str | None, options: dict[str, str]
+) -> labels.Listed:
+    image, label = options.get("image"), options.get("label")
+    return dataclasses.replace(listed, multi=multi, image=image, label=label)
 
 
 def _splits(root: Path) -> list[str]:

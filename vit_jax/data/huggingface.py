@@ -15,14 +15,15 @@ is read before it is asked for, and images arrive encoded.
 import dataclasses
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from vit_jax.data.multi_label import AUTO, divide, hot, separator
 from vit_jax.data.sources import digest, in_order, pick_split, renumber, split_options
 from vit_jax.errors import UserError
 
@@ -31,6 +32,18 @@ _SAVED = ("dataset_dict.json", "state.json")  # by save_to_disk
 _IMAGES = ("image", "img")
 _LABELS = ("label", "labels", "fine_label")
 _ROWS_AT_ONCE = 100_000
+
+
+class Several(NamedTuple):
+    """Lists of labels, or texts with a separator (None: blanks) between them."""
+
+    listed: bool
+    between: str | None
+
+    def labels(self, stored: Any) -> Sequence[Any]:
+        if stored is None:
+            return ()
+        return stored if self.listed else divide(stored, self.between)
 
 
 @dataclass(frozen=True)
@@ -44,14 +57,28 @@ class HuggingFaceSource:
     named: bool  # labels are stored as names, not as numbers
     name: str
     positions: np.ndarray | None = None  # what the numbers stored are in `class_names`
+    several: "Several | None" = None  # how several labels of an image are stored
 
     def __len__(self) -> int:
         return len(self.table)
 
     @cached_property
     def labels(self) -> np.ndarray:
-        """int64 (N,); a label that is missing is -1."""
-        return np.array([self._number(x) for x in self.table[self.label_key][:]], np.int64)
+        """int64 (N,), where a label that is missing is -1; or bool (N, K)."""
+        stored = self.table[self.label_key][:]
+        if self.several:
+            return hot([self._numbers_of(x) for x in stored], len(self.class_names))
+        return np.array([self._number(x) for x in stored], np.int64)
+
+    def _numbers_of(self, stored: Any) -> list[int]:
+        assert self.several is not None
+        numbers = [self._number(label) for label in self.several.labels(stored)]
+        if not all(0 <= n < len(self.class_names) for n in numbers):
+            raise UserError(
+                f"{self.name} has labels {stored!r} in {self.label_key!r}, and its classes are "
+                f"numbered 0 to {len(self.class_names) - 1}; mend the data set."
+            )
+        return numbers
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -73,9 +100,14 @@ class HuggingFaceSource:
         file = f" ({stored['path']})" if stored["path"] else ""
         return {
             "image": stored["path"] if stored["bytes"] is None else stored["bytes"],
-            "label": self._number(row[self.label_key]),
+            "label": self._label(row[self.label_key]),
             "name": f"{self.name}[{i}]{file}",
         }
+
+    def _label(self, stored: Any) -> Any:
+        if self.several:
+            return hot([self._numbers_of(stored)], len(self.class_names))[0]
+        return self._number(stored)
 
     def fingerprint(self, start: int, stop: int) -> str:
         """Of labels, and of the sizes and the names (without folders) of encoded images.
@@ -106,8 +138,12 @@ class HuggingFaceSource:
         return dataclasses.replace(self, class_names=names, positions=positions)
 
 
-def open_huggingface(argument: str, split: str) -> HuggingFaceSource:
+def open_huggingface(
+    argument: str, split: str, multi_label: str | None = None
+) -> HuggingFaceSource:
     """Opens a whole split of a data set, which is fetched if it is not on this machine.
+
+    With `multi_label`, labels are a list column, or texts: see multi_label.py.
 
     Raises:
       UserError: the library is missing; the data set cannot be found, fetched or read; it
@@ -118,12 +154,15 @@ def open_huggingface(argument: str, split: str) -> HuggingFaceSource:
     split = pick_split(split, in_order(tables), f"hf:{name}")
     features = tables[split].features
     image = _image_key(features, name, options.get("image"))
-    label = _label_key(features, name, options.get("label"), image)
-    class_names, named = _classes(tables, label, name)
+    label = _label_key(features, name, options.get("label"), bool(multi_label))
+    several = _several(tables, label, name, multi_label) if multi_label else None
+    class_names, named = _classes(tables, label, name, several)
     table = tables[split].select_columns([image, label])
     table = table.cast_column(image, _datasets(name).Image(decode=False))
-    source = HuggingFaceSource(table, image, label, class_names, named, f"hf:{name} {split}")
-    own = tuple(getattr(features[label], "names", None) or class_names)
+    source = HuggingFaceSource(
+        table, image, label, class_names, named, f"hf:{name} {split}", several=several
+    )
+    own = tuple(getattr(_inner(features[label]), "names", None) or class_names)
     return source if own == class_names else _renamed(source, own, class_names)
 
 
@@ -221,10 +260,43 @@ def _holds_bytes(feature: Any) -> bool:
     return getattr(feature, "dtype", "") in ("binary", "large_binary")
 
 
-def _label_key(features: Mapping[str, Any], name: str, chosen: str | None, image: str) -> str:
-    """The column of labels: the one chosen, the one called so, or the only ClassLabel."""
+def _inner(feature: Any) -> Any:
+    """Of a list, the feature of what is in it."""
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    return feature if inner is None else inner
+
+
+def _several(tables: Mapping[str, Any], label: str, name: str, setting: str) -> Several:
+    """How several labels are written in the column `label`."""
+    feature = tables[in_order(tables)[0]].features[label]
+    if _inner(feature) is not feature:
+        return Several(True, None)
+    if "string" not in str(getattr(feature, "dtype", "")):
+        raise UserError(
+            f"hf:{name} has one number for each image in its column {label!r}; for "
+            f"data.multi_label={setting!r} choose a column of lists or texts: "
+            f"hf:{name},label=NAME."
+        )
+    texts = [x for t in tables.values() if label in t.column_names for x in t.unique(label)]
+    return Several(False, separator(setting, filter(None, texts), f"hf:{name}"))
+
+
+def _label_key(
+    features: Mapping[str, Any], name: str, chosen: str | None, several: bool
+) -> str:
+    """The column of labels: the one chosen, the one called so, or the only ClassLabel.
+
+    With `several`, lists come before all other columns.
+    """
     if chosen is not None:
-        return _check_label(features, _chosen(features, name, "label", chosen), name)
+        return _check_label(features, _chosen(features, name, "label", chosen), name, several)
+    lists = [key for key, value in features.items() if _is_labels(_inner(value), name)]
+    lists = [key for key in lists if _inner(features[key]) is not features[key]]
+    if several and lists:
+        named = [key for key in _LABELS if key in lists]
+        if not named and len(lists) > 1:
+            raise _open_choice(name, "label", lists)
+        return (named or lists)[0]
     declared = [k for k, v in features.items() if isinstance(v, _datasets(name).ClassLabel)]
     plain = [key for key in _LABELS if key in features and key not in declared]
     named = [key for key in _LABELS if key in declared]
@@ -233,17 +305,27 @@ def _label_key(features: Mapping[str, Any], name: str, chosen: str | None, image
     if len(declared) == 1:
         return declared[0]
     if plain:
-        return _check_label(features, plain[0], name)
+        return _check_label(features, plain[0], name, several)
     if declared:
         raise _open_choice(name, "label", declared)
     raise _unusable(features, name)
 
 
-def _check_label(features: Mapping[str, Any], key: str, name: str) -> str:
-    kind = getattr(features[key], "dtype", "")
-    if isinstance(features[key], _datasets(name).ClassLabel) or re.match(_PLAIN, str(kind)):
-        return key
-    raise _unusable(features, name)
+def _check_label(features: Mapping[str, Any], key: str, name: str, several: bool) -> str:
+    inner = _inner(features[key])
+    if not _is_labels(inner, name):
+        raise _unusable(features, name)
+    if inner is not features[key] and not several:
+        raise UserError(
+            f"hf:{name} has a list of labels for each image in its column {key!r}; set "
+            f"data.multi_label={AUTO}, or choose another: hf:{name},label=NAME."
+        )
+    return key
+
+
+def _is_labels(feature: Any, name: str) -> bool:
+    kind = str(getattr(feature, "dtype", ""))
+    return isinstance(feature, _datasets(name).ClassLabel) or bool(re.match(_PLAIN, kind))
 
 
 _PLAIN = r"u?int|float|bool|(large_)?string"
@@ -274,15 +356,23 @@ def _unusable(features: Mapping[str, Any], name: str) -> UserError:
     )
 
 
-def _classes(tables: Mapping[str, Any], label: str, name: str) -> tuple[tuple[str, ...], bool]:
+def _classes(
+    tables: Mapping[str, Any], label: str, name: str, several: Several | None
+) -> tuple[tuple[str, ...], bool]:
     """The names of the classes, and whether labels are stored as these names."""
     first = tables[in_order(tables)[0]]
-    feature = first.features[label]
+    feature = _inner(first.features[label])
     if isinstance(feature, _datasets(name).ClassLabel):
         return tuple(feature.names), False
     found: set[Any] = set()
     for table in tables.values():
-        found.update(table.unique(label) if label in table.column_names else ())
+        if label not in table.column_names:
+            continue
+        if several:
+            stored = table[label][:]
+            found.update(x for each in stored for x in several.labels(each))
+        else:
+            found.update(table.unique(label))
     found.discard(None)
     if not found:
         raise UserError(f"hf:{name} has no label in its column {label!r}; choose another set.")

@@ -27,7 +27,7 @@ class Kept:
     def __init__(self, source: Source, channels: int, room: int = ROOM) -> None:
         self.source, self.channels, self.room = source, channels, room
         # By position: label, name, mode, size and pixels.
-        self._kept: dict[int, tuple[int, str, str, tuple[int, int], bytes]] = {}
+        self._kept: dict[int, tuple[Any, str, str, tuple[int, int], bytes]] = {}
 
     @property
     def class_names(self) -> tuple[str, ...]:

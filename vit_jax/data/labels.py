@@ -18,11 +18,14 @@ order, others are left alone:
   split   optional, only in a file of all images: train, val, validation, test and the like
 
 Names of classes are sorted, as those of class folders are. If all labels are whole numbers,
-they are the classes' positions. PATH/classes.txt, one name a line, says what the classes are
+they are the classes' positions. With `data.multi_label` an image may have several labels, or
+none: a list, a text, or a 1 in the columns of its classes, which then make up the table (see
+multi_label.py). PATH/classes.txt, one name a line, says what the classes are
 and which number is whose. All is checked before the first image is read.
 """
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -33,7 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from vit_jax.data import files, listed_files
+from vit_jax.data import files, listed_files, multi_label
 from vit_jax.data.files import FileSource
 from vit_jax.data.sources import SPLITS, pick_split, split_kind
 from vit_jax.errors import UserError
@@ -69,9 +72,21 @@ class Row(NamedTuple):
     """One line of a file of labels."""
 
     file: str
-    label: str
+    labels: tuple[str, ...]
     split: str
     line: int
+    text: str | None = None  # several labels that are not divided yet
+
+
+class Layout(NamedTuple):
+    """The columns, in lower case: of the file, and of labels, or of each class.
+
+    `classes` has {column: name of the class} of a table of 0 and 1.
+    """
+
+    file: str
+    label: str
+    classes: dict[str, str]
 
 
 def find(root: Path) -> Listed | None:
@@ -133,10 +148,10 @@ def open_listed(listed: Listed, split: str) -> FileSource:
         split = pick_split(split, split_names(listed), f"folder {str(listed.root)!r}")
         path = listed.files[split]
         rows = list(_read(listed, path))
-        training = listed.of("train")
-        known = list(_read(listed, training)) if training else rows
+        training = listed.of("train") or path
+        known = list(_read(listed, training)) if training != path else rows
     else:
-        path = listed.files[""]
+        path = training = listed.files[""]
         rows = known = list(_read(listed, path))
         if any(row.split for row in rows):
             split = pick_split(split, split_names(listed), repr(str(path)))
@@ -144,7 +159,11 @@ def open_listed(listed: Listed, split: str) -> FileSource:
             rows = [row for row in rows if row.split == split]
     if not rows:
         raise UserError(f"{str(path)!r} lists no images; add a line for each.")
-    classes = _classes(listed.root, path, known)
+    if listed.multi:
+        texts = [row.text for row in (*known, *rows) if row.text]
+        between = multi_label.separator(listed.multi, texts, repr(str(path)))
+        known, rows = (_divided(part, between) for part in (known, rows))
+    classes = _classes(listed, training, known)
     labels = _labels(path, rows, classes)
     lister = listed_files.Lister()
     root = listed_files.find_root(path, listed.root, split, rows, lister)
@@ -152,18 +171,38 @@ def open_listed(listed: Listed, split: str) -> FileSource:
     _tell_of_gaps(path, classes.names, labels)
     if "" not in listed.files or path.stem in ("labels", "metadata"):
         listed_files.tell_of_left_out(listed.root, path, root, rows)
-    listing = _arrange(rows, labels, classes)
+    listing = (_arrange_hot if listed.multi else _arrange)(rows, labels, classes)
     if "" in listed.files and not rows[0].split:
         split = pick_split(split, files.SPLITS, repr(str(path)))
         return listing.select(split, str(root), classes.names)
     return listing.select("all", str(root), classes.names)
 
 
-def _arrange(rows: list[Row], labels: list[int], classes: "Classes") -> files.Listing:
-    of_class: dict[int, list[str]] = {label: [] for label in sorted(set(labels))}
-    for row, label in zip(rows, labels, strict=True):
+def _divided(rows: list[Row], between: str | None) -> list[Row]:
+    return [
+        row if row.text is None else row._replace(labels=multi_label.divide(row.text, between))
+        for row in rows
+    ]
+
+
+def _arrange(
+    rows: list[Row], labels: list[tuple[int, ...]], classes: "Classes"
+) -> files.Listing:
+    of_class: dict[int, list[str]] = {label: [] for (label,) in sorted(set(labels))}
+    for row, (label,) in zip(rows, labels, strict=True):
         of_class[label].append(row.file)
     return files.arrange(of_class.items())
+
+
+def _arrange_hot(
+    rows: list[Row], labels: list[tuple[int, ...]], classes: "Classes"
+) -> files.Listing:
+    """With labels bool (N, K); a fifth of all images is held out, whatever their classes."""
+    listing = files.arrange([(0, [row.file for row in rows])])
+    place = {row.file: i for i, row in enumerate(rows)}
+    order = [place[file] for file in listing.files]
+    found = multi_label.hot(labels, len(classes.names))[order]
+    return dataclasses.replace(listing, labels=found)
 
 
 # ---- reading -----------------------------------------------------------------------------
@@ -171,25 +210,66 @@ def _arrange(rows: list[Row], labels: list[int], classes: "Classes") -> files.Li
 
 def _read(listed: Listed, path: Path) -> Iterator[Row]:
     """Yields the rows of a file of labels. Raises UserError, naming the line."""
-    columns: tuple[str, str] | None = None
+    layout: Layout | None = None
     try:
-        for line, record in _records(listed, path):
-            record = {str(key).strip().lower(): value for key, value in record.items()}
-            if columns is None:
-                columns, divided = _columns(listed, path, record), "split" in record
-            file, label = (record.get(column) for column in columns)
+        for line, given in _records(listed, path):
+            layout = layout or _layout(listed, path, given)
+            record = {str(key).strip().lower(): value for key, value in given.items()}
+            file = record.get(layout.file)
             if not isinstance(file, str) or not file.strip():
-                _reject(path, line, f"has no {columns[0]!r}", "name an image")
-            if (text := _text(label)) is None:
-                _reject(path, line, f"has {columns[1]} {label!r}", "give a name or a number")
-            split = str(record["split"]).strip() if divided else ""
-            if divided and not split_kind(split):
+                _reject(path, line, f"has no {layout.file!r}", "name an image")
+            split = str(record.get("split", "")).strip()
+            if "split" in record and not split_kind(split):
                 _reject(path, line, f"has split {split!r}", f"use one of {', '.join(SPLITS)}")
-            yield Row(file.strip(), text, split, line)
+            row = Row(file.strip(), (), split, line)
+            yield _with_labels(path, row, layout, record, listed.multi)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"{str(path)!r} cannot be read ({error}); save it as text in UTF-8."
         ) from error
+
+
+def _with_labels(
+    path: Path, row: Row, layout: Layout, record: Mapping[str, Any], multi: str | None
+) -> Row:
+    if layout.classes:
+        return row._replace(labels=_hot_columns(path, row.line, layout, record))
+    label = record.get(layout.label)
+    if isinstance(label, list) and not multi:
+        _reject(
+            path,
+            row.line,
+            f"has a list of labels in {layout.label!r}",
+            f"set data.multi_label={multi_label.AUTO} for several labels an image",
+        )
+    several = label if isinstance(label, list) else [label]
+    texts = [_text(each) for each in several]
+    if multi and not isinstance(label, list):
+        return row._replace(text=texts[0] or "")
+    for each, text in zip(several, texts, strict=True):
+        if text is None:
+            _reject(path, row.line, f"has {layout.label} {each!r}", "give a name or a number")
+    return row._replace(labels=tuple(text for text in texts if text is not None))
+
+
+def _hot_columns(
+    path: Path, line: int, layout: Layout, record: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The classes whose column has a 1."""
+    found = []
+    for column, name in layout.classes.items():
+        if (there := multi_label.truth(record.get(column))) is None:
+            _reject(
+                path,
+                line,
+                f"has {name} {record.get(column)!r}, where columns of 0 and 1 are read, one "
+                f"for each class",
+                "remove columns that are no classes, or name the one with labels: "
+                "folder:PATH/FILE,label=NAME",
+            )
+        if there:
+            found.append(name)
+    return tuple(found)
 
 
 def _text(label: Any) -> str | None:
@@ -208,8 +288,8 @@ def _records(listed: Listed, path: Path) -> Iterator[tuple[int, dict[str, Any]]]
                     yield number, _json(path, number, text)
             return
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-        _columns(listed, path, dict.fromkeys(reader.fieldnames))
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        _layout(listed, path, dict.fromkeys(reader.fieldnames))
         for record in reader:
             yield reader.line_num, record
 
@@ -224,13 +304,23 @@ def _json(path: Path, line: int, text: str) -> dict[str, Any]:
     return record
 
 
-def _columns(listed: Listed, path: Path, record: Mapping[str, Any]) -> tuple[str, str]:
-    """The names of the file's and the label's column."""
-    file = _column(path, record, "image", listed.image, FILE_COLUMNS)
-    others = {name: x for name, x in record.items() if name not in (file, "split", *_NUMBERING)}
+def _layout(listed: Listed, path: Path, record: Mapping[str, Any]) -> Layout:
+    """What the columns of a table, or the keys of a first line, hold. Raises UserError."""
+    names = {str(key).strip().lower(): str(key).strip() for key in record}
+    file = _column(path, names, "image", listed.image, FILE_COLUMNS)
+    others = {key: x for key, x in names.items() if key not in (file, "split", *_NUMBERING)}
+    chosen = listed.label or next((key for key in LABEL_COLUMNS if key in others), None)
     if len(others) == 1 and not listed.label:
-        return file, next(iter(others))
-    return file, _column(path, others, "label", listed.label, LABEL_COLUMNS)
+        return Layout(file, next(iter(others)), {})
+    if listed.multi and len(others) > 1 and not chosen:
+        return Layout(file, "", others)
+    return Layout(file, _column(path, others, "label", listed.label, LABEL_COLUMNS), {})
+
+
+def _class_columns(listed: Listed, path: Path) -> tuple[str, ...]:
+    """The classes of a table of 0 and 1, or none."""
+    _, record = next(_records(listed, path))
+    return tuple(_layout(listed, path, record).classes.values())
 
 
 def _column(
@@ -267,19 +357,23 @@ class Classes(NamedTuple):
     numbered: bool
 
 
-def _classes(root: Path, path: Path, known: list[Row]) -> Classes:
+def _classes(listed: Listed, path: Path, known: list[Row]) -> Classes:
     """The classes of classes.txt, or else of the rows to train on."""
-    numbered = all(_NUMBER.fullmatch(row.label) for row in known)
-    if (given := root / "classes.txt").is_file():
+    numbered = all(_NUMBER.fullmatch(label) for row in known for label in row.labels)
+    if (given := listed.root / "classes.txt").is_file():
         return Classes(_read_classes(given), numbered)
+    if columns := _class_columns(listed, path):
+        return Classes(columns, False)
+    found = {label for row in known for label in row.labels}
+    if not found:
+        raise UserError(f"{str(path)!r} has no label at all; add some to learn from.")
     if not numbered:
-        return Classes(tuple(sorted({row.label for row in known})), False)
+        return Classes(tuple(sorted(found)), False)
     for row in known:
-        if not 0 <= float(row.label) < _MOST_CLASSES:
-            _reject(path, row.line, f"has label {row.label}", "number the classes from 0")
-    return Classes(
-        tuple(map(str, range(max(int(float(row.label)) for row in known) + 1))), True
-    )
+        for label in row.labels:
+            if not 0 <= float(label) < _MOST_CLASSES:
+                _reject(path, row.line, f"has label {label}", "number the classes from 0")
+    return Classes(tuple(map(str, range(max(int(float(x)) for x in found) + 1))), True)
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
@@ -292,13 +386,13 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _labels(path: Path, rows: list[Row], classes: Classes) -> list[int]:
+def _labels(path: Path, rows: list[Row], classes: Classes) -> list[tuple[int, ...]]:
     """The positions in `classes` of the labels of `rows`."""
     names, numbered = classes
     position = {str(i) if numbered else name: i for i, name in enumerate(names)}
-    labels = []
-    for row in rows:
-        label = row.label
+
+    def place(row: Row, given: str) -> int:
+        label = given
         if numbered and (number := _NUMBER.fullmatch(label)):
             label = number[1].lstrip("0") or "0"
         if label not in position:
@@ -306,16 +400,17 @@ def _labels(path: Path, rows: list[Row], classes: Classes) -> list[int]:
             _reject(
                 path,
                 row.line,
-                f"has label {row.label!r}, which is none of the {len(names)} classes ({known})",
+                f"has label {given!r}, which is none of the {len(names)} classes ({known})",
                 "correct it, or list all classes in classes.txt",
             )
-        labels.append(position[label])
-    return labels
+        return position[label]
+
+    return [tuple(place(row, label) for label in row.labels) for row in rows]
 
 
-def _tell_of_gaps(path: Path, classes: tuple[str, ...], labels: list[int]) -> None:
+def _tell_of_gaps(path: Path, classes: tuple[str, ...], labels: list[tuple[int, ...]]) -> None:
     """Numbers from 1, say, leave class 0 without an image."""
-    empty = sorted(set(range(len(classes))) - set(labels))
+    empty = sorted(set(range(len(classes))).difference(*labels))
     if empty and (path.stem in ("labels", "metadata") or split_kind(path.stem) == "train"):
         print(
             f"note: {str(path)!r} has no image of {len(empty)} of the {len(classes)} classes, "

@@ -23,6 +23,7 @@ from vit_jax.data import bad_images
 from vit_jax.data.bad_images import BadImages, Replacing
 from vit_jax.data.decode import BadImage, decode
 from vit_jax.data.kept import Kept
+from vit_jax.data.multi_label import is_multi_label
 from vit_jax.data.preprocess import Transform
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
@@ -33,7 +34,7 @@ QUICK = 0.0005
 
 Batch = dict[str, np.ndarray]
 Example = dict[str, Any]  # as a batch, with the bytes of its pixels and plain numbers
-DTYPES = {"label": np.int32, "mask": np.float32, "bad": np.int64}
+DTYPES = {"label": np.int32, "targets": np.float32, "mask": np.float32, "bad": np.int64}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Views:
     count: int
 
     def draw(
-        self, image: Image.Image, name: str, rng: np.random.Generator | None
+        self, image: Image.Image, rng: np.random.Generator | None, name: str = ""
     ) -> list[Image.Image]:
         return [self.transform.of(image, name, rng) for _ in range(self.count)]
 
@@ -108,7 +109,9 @@ def train_batches(
     Every batch consists of `part_count` equal parts, of which this process reads `parts`, one
     after the other: put in their places, they are what one process would get.
 
-    Yields `image` uint8 (b, H, W, C) and `label` int32 (b,), with b examples in these parts.
+    Yields `image` uint8 (b, H, W, C) and `label` int32 (b,), with b examples in these parts. Of
+    a source whose images have several labels, `targets` float32 (b, K), of 0 and 1, replace
+    `label`.
     Every epoch is shuffled anew, and batches run across the borders of epochs. `prefetch`
     batches are made ahead, by up to `threads` threads, as many as are of use, or, if there
     are any, by `workers` processes.
@@ -145,7 +148,7 @@ def train_batches(
         raise UserError(f"seed {seed} is out of range; choose one from 0 to 4294967295.")
     views = views or {}
     _check_views(views)
-    prepare = _Prepare(transform, channels, len(source.class_names), views)
+    prepare = _Prepare.of(source, transform, channels, views)
     bad = BadImages(source, int(max_bad * len(source)), prepare.try_out)
     decoded = Replacing(Kept(source, channels), bad.limit)
     # Only positions pass through Grain here: in every example it would look for arrays, to
@@ -181,7 +184,7 @@ def eval_batches(
     """
     share = _Share(batch_size, tuple(parts), part_count)
     _check(source, share)
-    prepare = _Prepare(transform, channels, len(source.class_names), {})
+    prepare = _Prepare.of(source, transform, channels, {})
     bad = BadImages(source, int(max_bad * len(source)), prepare.try_out)
     padded = _Padded(source, prepare, skips=bad.limit > 0)
     steps = -(-len(source) // batch_size)
@@ -392,6 +395,14 @@ class _Prepare:
     channels: int
     classes: int
     views: Mapping[str, Views]
+    several: bool  # labels of an image
+
+    @classmethod
+    def of(
+        cls, source: Source, transform: Transform, channels: int, views: Mapping[str, Views]
+    ) -> "_Prepare":
+        classes, several = len(source.class_names), is_multi_label(source)
+        return cls(transform, channels, classes, views, several)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -405,7 +416,7 @@ class _Prepare:
         self, example: dict[str, Any], rng: np.random.Generator | None = None
     ) -> Example:
         label = example["label"]
-        if not 0 <= label < self.classes:
+        if not self.several and not 0 <= label < self.classes:
             raise UserError(
                 f"{example['name']} has label {label}, but the classes are numbered 0 to "
                 f"{self.classes - 1}; choose a split with labels, or mend the data set."
@@ -413,11 +424,11 @@ class _Prepare:
         whole = decode(example, self.channels)
         prepared = {
             "image": self.transform.of(whole, example["name"], rng).tobytes(),
-            "label": label,
+            ("targets" if self.several else "label"): label,
             "bad": example.get("bad", bad_images.NONE),
         }
         for name, view in self.views.items():
-            made = view.draw(whole, example["name"], rng)
+            made = view.draw(whole, rng, example["name"])
             prepared[name] = b"".join(image.tobytes() for image in made)
         return prepared
 
@@ -457,4 +468,6 @@ class _Padded:
 
     def _blank(self, bad: int) -> Example:
         black = {key: bytes(math.prod(shape)) for key, shape in self.prepare.shapes.items()}
-        return black | {"label": 0, "mask": 0, "bad": bad}
+        several = self.prepare.several
+        label = {"targets": np.zeros(self.prepare.classes, bool)} if several else {"label": 0}
+        return black | label | {"mask": 0, "bad": bad}

@@ -42,11 +42,11 @@ class Source(Protocol):
     """A random-access data set that can be pickled, so that worker processes can hold one.
 
     An example is a dict of `image` (encoded bytes, a path, or a uint8 array of shape (H, W)
-    or (H, W, C)), `label` (an int that indexes `class_names`) and `name` (what an error
-    message should call it).
+    or (H, W, C)), `label` (an int that indexes `class_names`, or where images have several
+    labels a bool array (K,)) and `name` (what an error message should call it).
 
     A source that knows all labels without reading images may have them as `labels`, integers
-    of shape (N,).
+    of shape (N,) or booleans (N, K).
     """
 
     @property
@@ -61,8 +61,12 @@ class Source(Protocol):
         ...
 
 
-def load(source: str, split: str, data_dir: str | None = None) -> Source:
+def load(
+    source: str, split: str, data_dir: str | None = None, multi_label: str | None = None
+) -> Source:
     """Opens `split` of `source`; `data_dir` is where `tfds:` sets lie.
+
+    `multi_label` says how several labels of an image are written: see multi_label.py.
 
     Raises UserError for an unknown source or split, for data that cannot be read, and for a
     label out of range (of a source that must read an image for every label, only some are
@@ -70,8 +74,12 @@ def load(source: str, split: str, data_dir: str | None = None) -> Source:
     """
     kind, argument = _parse_source(source)
     parts = [_parse_split(part) for part in split.split("+")]
-    opened = [part.of(_KINDS[kind].open(argument, part.base, data_dir)) for part in parts]
+    options = {"multi_label": multi_label} if kind in _MULTI_LABEL else {}
+    opened = [
+        part.of(_KINDS[kind].open(argument, part.base, data_dir, **options)) for part in parts
+    ]
     whole = opened[0] if len(opened) == 1 else Concatenation(opened)
+    _check_multi_label(whole, source, multi_label)
     _check_labels(whole)
     return whole
 
@@ -83,7 +91,7 @@ def split_names(source: str, data_dir: str | None = None) -> tuple[str, ...]:
 
 
 def known_labels(source: Source) -> np.ndarray | None:
-    """All labels, integers of shape (N,), if they can be had without reading images."""
+    """All labels, as of `Source`, if they can be had without reading images."""
     if isinstance(source, Subset):
         labels = known_labels(source.source)
         return None if labels is None else labels[source.start : source.stop]
@@ -133,12 +141,30 @@ def renumber(labels: np.ndarray, positions: np.ndarray, classes: int) -> np.ndar
     return np.where(known, positions[np.where(known, labels, 0)], -1).astype(labels.dtype)
 
 
+def plain_label(label: Any) -> Any:
+    """A label of an array of them: an int, or where there may be several a bool array."""
+    return label if label.ndim else int(label)
+
+
+def _check_multi_label(source: Source, name: str, wanted: str | None) -> None:
+    from vit_jax.data.multi_label import is_multi_label
+
+    if len(source) and is_multi_label(source) != bool(wanted):
+        has, remedy = ("one label", "None") if wanted else ("several labels", "auto")
+        raise UserError(
+            f"an image of {name} has {has}, and data.multi_label is {wanted!r}; set it to "
+            f"{remedy}."
+        )
+
+
 def _check_labels(source: Source) -> None:
     labels, classes = known_labels(source), len(source.class_names)
     rows = np.arange(len(source))
     if labels is None:
         rows = np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT, dtype=int))
         labels = np.array([source[int(i)]["label"] for i in rows])
+    if labels.dtype == bool:
+        return
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         raise UserError(
@@ -403,10 +429,12 @@ def _open_synthetic(argument: str, split: str, data_dir: str | None) -> Source:
 # ---- all kinds of sources ----------------------------------------------------------------
 
 
-def _open_folder(argument: str, split: str, data_dir: str | None) -> Source:
+def _open_folder(
+    argument: str, split: str, data_dir: str | None, multi_label: str | None = None
+) -> Source:
     from vit_jax.data import folder
 
-    return folder.open_folder(argument, split)
+    return folder.open_folder(argument, split, multi_label)
 
 
 def _splits_of_folder(argument: str, data_dir: str | None) -> tuple[str, ...]:
@@ -427,10 +455,12 @@ def _splits_of_tfds(argument: str, data_dir: str | None) -> tuple[str, ...]:
     return tfds.split_names(argument, data_dir)
 
 
-def _open_huggingface(argument: str, split: str, data_dir: str | None) -> Source:
+def _open_huggingface(
+    argument: str, split: str, data_dir: str | None, multi_label: str | None = None
+) -> Source:
     from vit_jax.data import huggingface
 
-    return huggingface.open_huggingface(argument, split)
+    return huggingface.open_huggingface(argument, split, multi_label)
 
 
 def _splits_of_huggingface(argument: str, data_dir: str | None) -> tuple[str, ...]:
@@ -454,9 +484,11 @@ def _splits_of_records(argument: str, data_dir: str | None) -> tuple[str, ...]:
 class _Kind(NamedTuple):
     """How to open (argument, whole split, data_dir), and to list the splits that exist."""
 
-    open: Callable[[str, str, str | None], Source]
+    open: Callable[..., Source]
     splits: Callable[[str, str | None], tuple[str, ...]]
 
+
+_MULTI_LABEL = ("folder", "hf")  # must be told how labels are written
 
 # Each kind is imported when it is used: TensorFlow Datasets alone takes a second.
 _KINDS = {
