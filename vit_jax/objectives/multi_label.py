@@ -18,7 +18,7 @@ class MultiLabel:
     """Sigmoid cross-entropy, summed over classes.
 
     A batch holds `image` (B, H, W, C) float32, normalised; `targets` (B, K) float32, of 0 and 1
-    before mixing; and optionally `mask` (B,) with 0 for padding, which no metric counts.
+    before mixing, or `label` (B,) int32; and optionally `mask` (B,) with 0 for padding, which no metric counts.
 
     In evaluation the metrics have `RANKING`: (B, K) float32 scores, and (B, K) int8 with 1 for
     a label that is there, 0 for one that is not, and `LEFT_OUT`. Average precision is of all
@@ -39,7 +39,9 @@ class MultiLabel:
     ) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
         rngs = {"dropout": key} if train else None
         logits, _ = self.model.apply(params, batch["image"], train=train, rngs=rngs)
-        targets = batch["targets"]
+        targets = batch.get("targets")
+        if targets is None:  # one label of each
+            targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
         losses = sigmoid_cross_entropy(logits, targets)
         mask = batch.get("mask", jnp.ones_like(losses))
         count = mask.sum()
