@@ -120,7 +120,9 @@ def get_config() -> ConfigDict:
     # Images with several labels, or none: auto | what stands between labels, such as ; or
     # space; see data/multi_label.py. None: every image has one. Needs objective.loss="sigmoid".
     data.multi_label = placeholder(str)
-    data.channels = 3  # 1: grey, 3: RGB
+    # 1: grey, 3: RGB; 2 or 4 with transparency, or any other number: of TIFF or .npy files
+    data.channels = 3
+    data.bits = 8  # of a level: 8 | 16 (kept where images have them)
     data.train_transform = "inception_crop(0.05, 1.0)|flip"  # see data/preprocess.py
     data.eval_transform = "resize"
     data.repeats = 1  # copies of an image in a batch, each augmented anew (DeiT: 3); 1: off

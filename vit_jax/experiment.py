@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import config as configuration
 from vit_jax.data import mixing, pipeline, preprocess, sources
+from vit_jax.data.decode import check_channels as check_decoded
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.models import registry
@@ -155,7 +157,7 @@ def eval_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, Any
     """
     data = config.data
     return {
-        "transform": preprocess.parse_transform(data.eval_transform, tuple(config.image_size)),
+        "transform": _transform(config, data.eval_transform),
         "channels": data.channels,
         **_reading(data, mesh),
     }
@@ -165,7 +167,7 @@ def train_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, An
     """How `data.pipeline.train_batches` shall read for this configuration; see above."""
     data = config.data
     return {
-        "transform": preprocess.parse_transform(data.train_transform, tuple(config.image_size)),
+        "transform": _transform(config, data.train_transform),
         "channels": data.channels,
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -174,11 +176,18 @@ def train_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, An
     }
 
 
+def _transform(config: ConfigDict, spec: str) -> preprocess.Transform:
+    transform = preprocess.parse_transform(spec, tuple(config.image_size))
+    preprocess.check_channels(transform, config.data.channels, config.data.bits)
+    return transform
+
+
 def _reading(data: ConfigDict, mesh: Mesh | None) -> dict[str, Any]:
     if not 0 <= data.max_bad < 1:
         raise UserError(f"data.max_bad is {data.max_bad}: use a share of at least 0, below 1")
     parts, part_count = sharding.batch_parts(mesh) if mesh else ((0,), 1)
     return {
+        "bits": data.bits,
         "max_bad": data.max_bad,
         "parts": parts,
         "part_count": part_count,
@@ -191,12 +200,15 @@ def prepare_for_eval(config: ConfigDict) -> Prepare:
     """uint8 images to the range that the model expects, on the device."""
     value_range = config.data.value_range
     # What does not fit is found here, not when a program is compiled.
+    check_decoded(config.data.channels, config.data.bits)
     blank = jax.ShapeDtypeStruct((1, 1, 1, config.data.channels), np.uint8)
     jax.eval_shape(lambda images: preprocess.normalize(images, value_range), blank)
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
         # What an objective does not read of this costs nothing under jit.
         pixels = batch["image"]
+        if pixels.dtype == jnp.uint16:  # as levels of 0 .. 255, with what lies between
+            pixels = pixels.astype(jnp.float32) / 257
         return {**batch, "image": preprocess.normalize(pixels, value_range), "pixels": pixels}
 
     return prepare

@@ -104,13 +104,15 @@ def choose_batch_size(run: Callable[[int], object], images: int, mesh: Mesh) -> 
 
 
 def _read(paths: list[str], config: Any) -> Generator[np.ndarray | Unreadable, None, None]:
-    """Decodes and transforms ahead of the reader, in order; (H, W, C) uint8 each."""
+    """Decodes and transforms ahead of the reader, in order; (H, W, C) uint8 or uint16 each."""
     size, channels = tuple(config.image_size), config.data.channels
+    bits = config.data.bits
     transform = preprocess.parse_transform(config.data.eval_transform, size)
+    preprocess.check_channels(transform, channels, bits)
 
     def read(path: str) -> np.ndarray | Unreadable:
         try:
-            image = transform.of(decode({"image": path, "name": path}, channels), path)
+            image = transform.of(decode({"image": path, "name": path}, channels, bits), path)
             return np.asarray(image).reshape(*size, channels)
         except UserError as error:
             return Unreadable(path, str(error))
@@ -144,7 +146,8 @@ def apply_to_images(
     shape = (*model.config.image_size, model.config.data.channels)
 
     def rehearse(size: int) -> None:
-        blank = sharding.put_batch({"image": np.zeros((size, *shape), np.uint8)}, mesh)
+        dtype = np.uint8 if model.config.data.bits == 8 else np.uint16
+        blank = sharding.put_batch({"image": np.zeros((size, *shape), dtype)}, mesh)
         jax.block_until_ready(compute(model.params, blank["image"]))
 
     size = batch_size or choose_batch_size(rehearse, len(paths), mesh)

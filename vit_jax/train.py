@@ -224,7 +224,9 @@ def check_data_early(
       UserError: an image cannot be used as the configuration wants it.
     """
     for source, how in (training, evaluation):
-        rehearse(source, how["transform"], how["channels"], how["max_bad"], how is training[1])
+        names = ("transform", "channels", "bits", "max_bad")
+        transform, channels, bits, max_bad = (how[name] for name in names)
+        rehearse(source, transform, channels, bits, max_bad, how is training[1])
     examples, held_out = len(training[0]), len(evaluation[0])
     notes = []
     if config.batch_size > examples * config.data.repeats:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vit_jax.data import resize as resizing
 from vit_jax.data.crops import Size
+from vit_jax.data.planes import Planes
 
 LARGE = 1 << 22  # pixels of a result that are made whole without asking: 2048 x 2048
 MOST = Image.MAX_IMAGE_PIXELS or 1 << 26  # pixels held at a time; decoding has twice this
@@ -23,8 +24,10 @@ class TooLarge(ValueError):
     """To make the pixels of this image would take too much memory or time."""
 
 
-def resize(image: Image.Image, size: Size, method: str, *rounding: str) -> Any:
-    """As `resize.resize`, if the result is small, else `Deferred`."""
+def resize(image: Any, size: Size, method: str, *rounding: str) -> Any:
+    """As `resize.resize`, of each channel of `Planes`; if the result is large, `Deferred`."""
+    if isinstance(image, Planes) and size[0] * size[1] <= LARGE:
+        return image.map(lambda plane: resizing.resize(plane, size, method, *rounding))
     if size[0] * size[1] <= LARGE:
         return resizing.resize(image, size, method, *rounding)
     return Deferred(image, size, method, *rounding)
@@ -33,19 +36,20 @@ def resize(image: Image.Image, size: Size, method: str, *rounding: str) -> Any:
 class Deferred:
     """A resized image of which a part may be had: as much of PIL's images as a crop needs."""
 
-    def __init__(
-        self, image: Image.Image, size: Size, method: str, rounding: str = "nearest"
-    ) -> None:
+    def __init__(self, image: Any, size: Size, method: str, rounding: str = "nearest") -> None:
         self.image, self.method, self.rounding = image, method, rounding
         self.height, self.width = size
         self.size = (self.width, self.height)
 
-    def whole(self) -> Image.Image:
+    def whole(self) -> Any:
         """Raises TooLarge."""
         return self.crop((0, 0, self.width, self.height))
 
-    def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
+    def crop(self, box: tuple[int, int, int, int]) -> Any:
         """The pixels of (left, top, right, bottom), which must lie inside. Raises TooLarge."""
+        if isinstance(self.image, Planes):
+            size, how = (self.height, self.width), (self.method, self.rounding)
+            return self.image.map(lambda plane: Deferred(plane, size, *how).crop(box))
         left, top, right, bottom = box
         if (right - left) * (bottom - top) > MOST:
             raise self._too_large()

@@ -24,7 +24,7 @@ from vit_jax.data.bad_images import BadImages, Replacing
 from vit_jax.data.decode import BadImage, decode
 from vit_jax.data.kept import Kept
 from vit_jax.data.multi_label import is_multi_label
-from vit_jax.data.preprocess import Transform
+from vit_jax.data.preprocess import Transform, check_channels
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -103,15 +103,16 @@ def train_batches(
     threads: int = 16,
     prefetch: int = 2,
     max_bad: float = 0.0,
+    bits: int = 8,
 ) -> Batches:
     """This process's share of the endless batches from step `first_step` on.
 
     Every batch consists of `part_count` equal parts, of which this process reads `parts`, one
     after the other: put in their places, they are what one process would get.
 
-    Yields `image` uint8 (b, H, W, C) and `label` int32 (b,), with b examples in these parts. Of
-    a source whose images have several labels, `targets` float32 (b, K), of 0 and 1, replace
-    `label`.
+    Yields `image` uint8 (uint16 with 16 `bits`) (b, H, W, C) and `label` int32 (b,), with b
+    examples in these parts. Of a source whose images have several labels, `targets` float32
+    (b, K), of 0 and 1, replace `label`.
     Every epoch is shuffled anew, and batches run across the borders of epochs. `prefetch`
     batches are made ahead, by up to `threads` threads, as many as are of use, or, if there
     are any, by `workers` processes.
@@ -148,9 +149,9 @@ def train_batches(
         raise UserError(f"seed {seed} is out of range; choose one from 0 to 4294967295.")
     views = views or {}
     _check_views(views)
-    prepare = _Prepare.of(source, transform, channels, views)
+    prepare = _Prepare.of(source, transform, channels, views, bits)
     bad = BadImages(source, int(max_bad * len(source)), prepare.try_out)
-    decoded = Replacing(Kept(source, channels), bad.limit)
+    decoded = Replacing(Kept(source, channels, bits=bits), bad.limit)
     # Only positions pass through Grain here: in every example it would look for arrays, to
     # count their bytes, which small images feel.
     places = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
@@ -160,7 +161,7 @@ def train_batches(
     examples = places.random_map(_Augmented(decoded, prepare))
     steps = sys.maxsize // batch_size - first_step
     local = _Local(examples, share, steps)
-    return _iterate(local, prepare.shapes, workers, threads, prefetch, bad)
+    return _iterate(local, prepare, workers, threads, prefetch, bad)
 
 
 def eval_batches(
@@ -175,6 +176,7 @@ def eval_batches(
     threads: int = 16,
     prefetch: int = 2,
     max_bad: float = 0.0,
+    bits: int = 8,
 ) -> Batches:
     """This process's share of every example once, in the order of the source.
 
@@ -184,17 +186,17 @@ def eval_batches(
     """
     share = _Share(batch_size, tuple(parts), part_count)
     _check(source, share)
-    prepare = _Prepare.of(source, transform, channels, {})
+    prepare = _Prepare.of(source, transform, channels, {}, bits)
     bad = BadImages(source, int(max_bad * len(source)), prepare.try_out)
     padded = _Padded(source, prepare, skips=bad.limit > 0)
     steps = -(-len(source) // batch_size)
     local = _Local(padded, share, steps)
-    return _iterate(local, prepare.shapes, workers, threads, prefetch, bad)
+    return _iterate(local, prepare, workers, threads, prefetch, bad)
 
 
 def _iterate(
     local: "_Local",
-    shapes: dict[str, tuple[int, ...]],
+    prepare: "_Prepare",
     workers: int,
     threads: int,
     prefetch: int,
@@ -213,10 +215,12 @@ def _iterate(
         piece = _piece_size(size, threads)
         count = size // piece
         options = grain.ReadOptions(threads, max(prefetch * count, threads))
-        read = grain.MapDataset.source(_Pieces(local, piece, shapes)).to_iter_dataset(options)
+        read = grain.MapDataset.source(
+            _Pieces(local, piece, prepare.shapes, prepare.dtype)
+        ).to_iter_dataset(options)
         return Batches(iter(read.batch(count, batch_fn=_join)), bad)
     _mark_flags_as_parsed()
-    whole = grain.MapDataset.source(_Pieces(local, size, shapes))
+    whole = grain.MapDataset.source(_Pieces(local, size, prepare.shapes, prepare.dtype))
     batches = whole.to_iter_dataset(grain.ReadOptions(1, 1))
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
     return Batches(iter(batches.mp_prefetch(options, _leave_ctrl_c_to_the_parent)), bad)
@@ -356,6 +360,7 @@ class _Pieces:
     examples: _Local
     size: int
     shapes: dict[str, tuple[int, ...]]
+    dtype: np.dtype
 
     def __len__(self) -> int:
         return len(self.examples) // self.size
@@ -367,7 +372,7 @@ class _Pieces:
         for key, shape in self.shapes.items():
             # Faster than to make an array of each and stack them.
             pixels = b"".join([example[key] for example in examples])
-            stack[key] = np.frombuffer(pixels, np.uint8).reshape(-1, *shape)
+            stack[key] = np.frombuffer(pixels, self.dtype).reshape(-1, *shape)
         for key in examples[0].keys() - stack.keys():
             stack[key] = np.array([example[key] for example in examples], DTYPES[key])
         return stack
@@ -396,13 +401,25 @@ class _Prepare:
     classes: int
     views: Mapping[str, Views]
     several: bool  # labels of an image
+    bits: int
 
     @classmethod
     def of(
-        cls, source: Source, transform: Transform, channels: int, views: Mapping[str, Views]
+        cls,
+        source: Source,
+        transform: Transform,
+        channels: int,
+        views: Mapping[str, Views],
+        bits: int,
     ) -> "_Prepare":
+        for each in (transform, *(view.transform for view in views.values())):
+            check_channels(each, channels, bits)
         classes, several = len(source.class_names), is_multi_label(source)
-        return cls(transform, channels, classes, views, several)
+        return cls(transform, channels, classes, views, several, bits)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self.bits == 8 else np.uint16)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -421,7 +438,7 @@ class _Prepare:
                 f"{example['name']} has label {label}, but the classes are numbered 0 to "
                 f"{self.classes - 1}; choose a split with labels, or mend the data set."
             )
-        whole = decode(example, self.channels)
+        whole = decode(example, self.channels, self.bits)
         prepared = {
             "image": self.transform.of(whole, example["name"], rng).tobytes(),
             ("targets" if self.several else "label"): label,
@@ -467,7 +484,9 @@ class _Padded:
             return self._blank(i)
 
     def _blank(self, bad: int) -> Example:
-        black = {key: bytes(math.prod(shape)) for key, shape in self.prepare.shapes.items()}
+        size = self.prepare.dtype.itemsize
+        shapes = self.prepare.shapes.items()
+        black = {key: bytes(size * math.prod(shape)) for key, shape in shapes}
         several = self.prepare.several
         label = {"targets": np.zeros(self.prepare.classes, bool)} if several else {"label": 0}
         return black | label | {"mask": 0, "bad": bad}

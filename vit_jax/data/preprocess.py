@@ -27,6 +27,7 @@ from PIL import Image, ImageOps
 from vit_jax.data import augment
 from vit_jax.data.crops import Box, Size, sample_inception_box, sample_resized_box
 from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.decode import check_channels as check_decoded
 from vit_jax.data.deferred import Deferred, TooLarge, resize
 from vit_jax.data.resize import METHODS
 from vit_jax.errors import UserError
@@ -149,11 +150,15 @@ class Op:
     Attributes:
       function: takes the image, the generator and, if `sized`, the target size; then its own
         arguments.
+      random: whether it draws.
+      sized: whether it is told the target size.
+      moves: whether it only moves and resizes pixels, so that any channels will do.
     """
 
     function: Callable[..., Image.Image]
     random: bool = False
     sized: bool = True
+    moves: bool = True
 
     @property
     def parameters(self) -> list[inspect.Parameter]:
@@ -162,7 +167,7 @@ class Op:
 
 
 def _distortion(function: Callable[..., Image.Image]) -> Op:
-    return Op(function, random=True, sized=False)
+    return Op(function, random=True, sized=False, moves=False)
 
 
 OPS = {
@@ -241,6 +246,19 @@ class Transform:
             raise BadImage(
                 f"image {name} cannot be resized ({reason}); remove it, or make it smaller."
             ) from error
+
+
+def check_channels(transform: Transform, channels: int, bits: int) -> None:
+    """Raises UserError for an operation on colours that the images do not have."""
+    check_decoded(channels, bits)
+    if channels in (1, 3) and bits == 8:
+        return
+    for step in transform.steps:
+        if not OPS[step.name].moves:
+            raise UserError(
+                f"{step.name} is for images of 1 or 3 channels of 8 bits, but data.channels is "
+                f"{channels} and data.bits {bits}; leave it out of the transform."
+            )
 
 
 def parse_transform(spec: str, image_size: Size) -> Transform:

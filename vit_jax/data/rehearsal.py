@@ -12,7 +12,12 @@ _TRIED = 8  # images, spread over the source, of which one has to be good
 
 
 def rehearse(
-    source: Source, transform: Transform, channels: int, max_bad: float, training: bool
+    source: Source,
+    transform: Transform,
+    channels: int,
+    bits: int,
+    max_bad: float,
+    training: bool,
 ) -> None:
     """Decodes and transforms one image of `source`.
 
@@ -24,7 +29,7 @@ def rehearse(
     for i in np.unique(np.linspace(0, len(source) - 1, _TRIED, dtype=int)).tolist():
         example = source[i]
         try:
-            transform.of(decode(example, channels), example["name"], rng)
+            transform.of(decode(example, channels, bits), example["name"], rng)
             return
         except BadImage as error:
             failures.append(error)

@@ -45,7 +45,10 @@ _CYKOOZ = {
 
 
 def resize(image: Image.Image, size: tuple[int, int], method: str) -> Image.Image:
-    """Resizes an image of mode L or RGB to `size` = (height, width), whatever its aspect."""
+    """Resizes an image to `size` = (height, width), whatever its aspect.
+
+    Its mode is L, RGB, or F (one channel of floating-point levels, which are not rounded).
+    """
     height, width = size
     if (width, height) == image.size:
         return image
@@ -94,6 +97,8 @@ def by_taps(
     pixels = np.asarray(image)
     for axis, (length, *part) in enumerate(((size[0], top, bottom), (size[1], left, right))):
         pixels = _gather(pixels, axis, *taps(pixels.shape[axis], length, np.arange(*part)))
+    if image.mode == "F":
+        return Image.fromarray(pixels.astype(np.float32))
     return Image.fromarray((pixels + 0.5).astype(np.uint8))
 
 

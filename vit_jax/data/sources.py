@@ -41,9 +41,9 @@ _LOOKED_AT = 64  # examples whose labels are checked where reading all would tak
 class Source(Protocol):
     """A random-access data set that can be pickled, so that worker processes can hold one.
 
-    An example is a dict of `image` (encoded bytes, a path, or a uint8 array of shape (H, W)
-    or (H, W, C)), `label` (an int that indexes `class_names`, or where images have several
-    labels a bool array (K,)) and `name` (what an error message should call it).
+    An example is a dict of `image` (encoded bytes, a path, or a uint8 or uint16 array of shape
+    (H, W) or (H, W, C)), `label` (an int that indexes `class_names`, or where images have
+    several labels a bool array (K,)) and `name` (what an error message should call it).
 
     A source that knows all labels without reading images may have them as `labels`, integers
     of shape (N,) or booleans (N, K).
@@ -414,14 +414,14 @@ class SyntheticSource:
 def _open_synthetic(argument: str, split: str, data_dir: str | None) -> Source:
     options: dict[str, Any] = {}
     for field in filter(None, argument.split(",")):
-        if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([13])", field):
+        if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", field):
             options["shape"] = tuple(int(size) for size in match.groups())
         elif match := re.fullmatch(r"(classes|examples)=([1-9]\d*)", field):
             options[match[1]] = int(match[2])
         else:
             raise UserError(
                 f"synthetic source: {field!r} is not understood; write it like "
-                "synthetic:224x224x3,classes=1000,examples=1280 (1 or 3 channels)."
+                "synthetic:224x224x3,classes=1000,examples=1280."
             )
     return SyntheticSource(split, **options)
 

@@ -18,7 +18,8 @@ class MultiLabel:
     """Sigmoid cross-entropy, summed over classes.
 
     A batch holds `image` (B, H, W, C) float32, normalised; `targets` (B, K) float32, of 0 and 1
-    before mixing, or `label` (B,) int32; and optionally `mask` (B,) with 0 for padding, which no metric counts.
+    before mixing, or `label` (B,) int32; and optionally `mask` (B,) with 0 for padding, which
+    no metric counts.
 
     In evaluation the metrics have `RANKING`: (B, K) float32 scores, and (B, K) int8 with 1 for
     a label that is there, 0 for one that is not, and `LEFT_OUT`. Average precision is of all
