@@ -260,6 +260,17 @@ def test_each_split_may_number_the_same_classes_in_its_own_way(tmp_path):
     assert source.labels.tolist() == [source[i]["label"] for i in range(4)] == [2, 0, -1, 2]
 
 
+@pytest.mark.parametrize("held_out", ["Val", "Validation", "TEST"])
+def test_an_imagefolder_of_splits_in_capitals(tmp_path, held_out):
+    for split, first in (("Train", 0), (held_out, 100)):
+        for i, name in enumerate(NAMES):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").write_bytes(png(first + i))
+    source = sources.load(f"hf:{tmp_path}", "train")
+    assert (greys(source), source.class_names) == ([0, 1, 2], tuple(NAMES))
+    assert greys(sources.load(f"hf:{tmp_path}", "val")) == [100, 101, 102]
+
+
 @pytest.mark.parametrize("asked", ["val", "dev", "Validation", "valid"])
 def test_splits_go_by_many_names(both, tmp_path, asked):
     data = datasets.DatasetDict(training=both["train"], valid=both["test"], extra=both["test"])

@@ -223,6 +223,16 @@ def test_ids_without_an_ending_in_a_folder_beside_the_table(tmp_path):
     assert "names '7', and there are '7.jpeg' and '7.png'; add the ending" in message(tmp_path)
 
 
+def test_names_with_backslashes_and_tables_in_capitals(tmp_path):
+    touch(tmp_path, "cat/0.png", "dog/1.png")
+    write(tmp_path / "Labels.CSV", "Image,Label", "cat\\0.png,x", ".\\dog\\1,y")
+    source = sources.load(f"folder:{tmp_path}", "all")
+    assert rows(source) == [("0.png", 0), ("1.png", 1)]
+    touch(tmp_path, "cat/a\\b.png")  # which is a name, too, where it exists
+    write(tmp_path / "Labels.CSV", "Image,Label", "cat/a\\b.png,x")
+    assert rows(sources.load(f"folder:{tmp_path}", "all")) == [("a\\b.png", 0)]
+
+
 def test_the_folder_of_a_split_is_found_by_its_name(tmp_path):
     touch(tmp_path, "train_images/1.png", "test_images/1.png")
     write(tmp_path / "train.csv", "image_id,label", "1,x")

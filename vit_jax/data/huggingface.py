@@ -24,7 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vit_jax.data.multi_label import AUTO, divide, hot, separator
-from vit_jax.data.sources import digest, in_order, pick_split, renumber, split_options
+from vit_jax.data.sources import (
+    digest,
+    in_order,
+    pick_split,
+    renumber,
+    split_kind,
+    split_options,
+)
 from vit_jax.errors import UserError
 
 _FILES = {".parquet": "parquet", ".arrow": "arrow"}
@@ -158,7 +165,13 @@ def open_huggingface(
     several = _several(tables, label, name, multi_label) if multi_label else None
     class_names, named = _classes(tables, label, name, several)
     table = tables[split].select_columns([image, label])
-    table = table.cast_column(image, _datasets(name).Image(decode=False))
+    try:
+        table = table.cast_column(image, _datasets(name).Image(decode=False))
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"hf:{name} has no images in its column {image!r} ({type(features[image]).__name__}); "
+            f"choose another: hf:{name},image=NAME."
+        ) from error
     source = HuggingFaceSource(
         table, image, label, class_names, named, f"hf:{name} {split}", several=several
     )
@@ -213,7 +226,7 @@ def _load(name: str) -> Mapping[str, Any]:
         elif path.is_file():
             loaded = _load_file(path, name)
         elif is_path:
-            loaded = datasets.load_dataset(str(path))
+            loaded = datasets.load_dataset(str(path), **_capital_splits(path))
         else:
             loaded = datasets.load_dataset(hub, config or None)
     except UserError:
@@ -223,6 +236,14 @@ def _load(name: str) -> Mapping[str, Any]:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(f"hf:{name} cannot be loaded ({reason.rstrip('.')}).") from error
     return loaded if isinstance(loaded, Mapping) else {str(loaded.split or "train"): loaded}
+
+
+def _capital_splits(path: Path) -> dict[str, Any]:
+    """Folders of splits such as `Train`, which the library would take together as one."""
+    splits = [each.name for each in path.iterdir() if each.is_dir() and split_kind(each.name)]
+    if all(name == name.lower() for name in splits):
+        return {}
+    return {"data_files": {name.lower(): f"{name}/**" for name in sorted(splits)}}
 
 
 def _load_file(path: Path, name: str) -> Any:

@@ -95,7 +95,8 @@ def find(root: Path) -> Listed | None:
     with os.scandir(root) as entries:
         for entry in entries:
             stem, ending = os.path.splitext(entry.name)
-            if ending in ENDINGS and stem in ("labels", "metadata"):
+            ending = ending.lower()
+            if ending in ENDINGS and stem.lower() in ("labels", "metadata"):
                 found[""].append(Path(entry.path))
             elif ending in ENDINGS and split_kind(stem):
                 found[stem].append(Path(entry.path))

@@ -21,7 +21,13 @@ class Lister:
         self._stems: dict[str, dict[str, list[str]]] = {}
 
     def named(self, path: str) -> list[str]:
-        """The files that are meant by `path`, which may lack its ending (Kaggle's ids do)."""
+        """The files that are meant by `path`, which may lack its ending (Kaggle's ids do), or
+        have backslashes between folders."""
+        return (
+            self._named(path) or ("\\" in path and self._named(path.replace("\\", "/"))) or []
+        )
+
+    def _named(self, path: str) -> list[str]:
         folder, name = os.path.split(path)
         if folder not in self._names:
             self._names[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
@@ -89,8 +95,7 @@ def check(path: Path, root: Path, rows: Rows, lister: Lister) -> list[Any]:
                 "keep one of the two",
             )
         lines[found[0]] = row.line
-        ending = os.path.basename(found[0])[len(os.path.basename(row.file)) :]
-        checked.append(row._replace(file=row.file + ending))
+        checked.append(row._replace(file=_completed(row.file, found[0])))
     if missing:
         others = f", and {len(missing) - 1:,} more are missing" if len(missing) > 1 else ""
         _reject(
@@ -100,6 +105,12 @@ def check(path: Path, root: Path, rows: Rows, lister: Lister) -> list[Any]:
             "correct the names (endings belong to them), or remove the lines",
         )
     return checked
+
+
+def _completed(name: str, found: str) -> str:
+    """A name in a table as that of the file that was found for it."""
+    name = name if found.endswith(os.path.normpath(name)) else name.replace("\\", "/")
+    return name + os.path.basename(found)[len(os.path.basename(name)) :]
 
 
 def _reject(path: Path, row: Any, what: str, remedy: str) -> NoReturn:
