@@ -274,6 +274,8 @@ def visualize(
       UserError: `output` cannot be written, or there is nothing to draw at all.
     """
     cfg, notes = model.model.config, list(model.notes)
+    if paths and (note := inference.head_note(model)):
+        notes.append(note)
     attempts = [draw_filters(model.params, cfg.channels), draw_positions(cfg, model.params)]
     drawn = [a for a in attempts if isinstance(a, Drawn)]
     notes += [a for a in attempts if isinstance(a, str)]

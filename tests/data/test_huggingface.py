@@ -187,6 +187,8 @@ def test_columns_by_convention_come_before_others(tmp_path):
     assert chosen.class_names == ("m", "f")
     assert greys(chosen) == list(range(101, 106))
     assert [chosen[i]["label"] for i in range(5)] == [1, 0, 1, 0, 1]
+    with pytest.raises(UserError, match="has no images in its column 'gender'; choose another"):
+        sources.load(f"{name},image=gender", "train")
     with pytest.raises(
         UserError, match="no column 'age'; give label=NAME with one of mask, im"
     ):

@@ -167,10 +167,10 @@ def open_huggingface(
     table = tables[split].select_columns([image, label])
     try:
         table = table.cast_column(image, _datasets(name).Image(decode=False))
-    except (TypeError, ValueError, KeyError) as error:
+    except Exception as error:  # of many kinds, as in `_load`
         raise UserError(
-            f"hf:{name} has no images in its column {image!r} ({type(features[image]).__name__}); "
-            f"choose another: hf:{name},image=NAME."
+            f"hf:{name} has no images in its column {image!r}; choose another: "
+            f"hf:{name},image=NAME."
         ) from error
     source = HuggingFaceSource(
         table, image, label, class_names, named, f"hf:{name} {split}", several=several
