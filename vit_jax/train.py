@@ -169,6 +169,7 @@ def build(config: ConfigDict, classes: tuple[str, ...] = ()) -> Run:
     train_reading = experiment.train_pipeline(config, mesh)
     eval_reading = experiment.eval_pipeline(config, mesh)
     plan = make_plan(config, len(source))
+    experiment.build_objective(config, num_classes)  # a wrong field is told before an image
     check_data_early(config, (source, train_reading), (eval_source, eval_reading))
     learning = experiment.build_learning(config, mesh, num_classes, len(source))
     model = learning.objective.model
