@@ -24,11 +24,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import vit_jax
-from vit_jax import cache, cli, experiment, processes, trained
+from vit_jax import cache, cli, experiment, processes, run_data, trained
 from vit_jax import config as configuration
 from vit_jax.data import pipeline
-from vit_jax.data.classes import as_classes, some
-from vit_jax.data.rehearsal import rehearse
 from vit_jax.data.sources import Source, fingerprint
 from vit_jax.errors import UserError
 from vit_jax.interop.adapt import adapt
@@ -37,7 +35,7 @@ from vit_jax.models.model import count_parameters
 from vit_jax.processes import StopSignal
 from vit_jax.trained import Trained
 from vit_jax.training import sharding
-from vit_jax.training.checkpoint import Card, Checkpoints, abstract, load_card
+from vit_jax.training.checkpoint import Card, Checkpoints, abstract
 from vit_jax.training.evaluate import evaluate
 from vit_jax.training.logging import MetricWriter
 from vit_jax.training.reporting import (
@@ -164,13 +162,13 @@ def build(config: ConfigDict, classes: tuple[str, ...] = ()) -> Run:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
-    source, eval_source = open_sources(config, classes)
+    source, eval_source = run_data.open_sources(config, classes)
     num_classes = len(source.class_names)
     train_reading = experiment.train_pipeline(config, mesh)
     eval_reading = experiment.eval_pipeline(config, mesh)
     plan = make_plan(config, len(source))
     experiment.build_objective(config, num_classes)  # a wrong field is told before an image
-    check_data_early(config, (source, train_reading), (eval_source, eval_reading))
+    run_data.check_early(config, (source, train_reading), (eval_source, eval_reading))
     learning = experiment.build_learning(config, mesh, num_classes, len(source))
     model = learning.objective.model
     return Run(
@@ -193,66 +191,6 @@ def build(config: ConfigDict, classes: tuple[str, ...] = ()) -> Run:
             "vit_jax": vit_jax.__version__,
         },
     )
-
-
-def open_sources(config: ConfigDict, classes: tuple[str, ...]) -> tuple[Source, Source]:
-    """What to train and to evaluate on, with one numbering of the classes; see `build`.
-
-    Raises:
-      UserError: they cannot be opened, or there are classes to evaluate that are not trained.
-    """
-    data = config.data
-    source = experiment.open_source(config, data.train_split)
-    if set(classes) == set(source.class_names):
-        source = as_classes(source, classes) or source
-    found = experiment.open_source(config, data.eval_split)
-    eval_source = as_classes(found, source.class_names)
-    if eval_source is None:
-        raise UserError(
-            f"{data.source} has the classes {some(source.class_names)} in "
-            f"{data.train_split!r} and {some(found.class_names)} in {data.eval_split!r}: use "
-            f"splits of the same classes"
-        )
-    return source, eval_source
-
-
-def check_data_early(
-    config: ConfigDict, training: tuple[Source, Any], evaluation: tuple[Source, Any]
-) -> None:
-    """Reads an image of each split, and says what is odd about their numbers.
-
-    Raises:
-      UserError: an image cannot be used as the configuration wants it.
-    """
-    for source, how in (training, evaluation):
-        names = ("transform", "channels", "bits", "max_bad")
-        transform, channels, bits, max_bad = (how[name] for name in names)
-        rehearse(source, transform, channels, bits, max_bad, how is training[1])
-    examples, held_out = len(training[0]), len(evaluation[0])
-    notes = []
-    if config.batch_size > examples * config.data.repeats:
-        notes.append(
-            f"batch_size is {config.batch_size:,} and {config.data.train_split!r} has "
-            f"{examples:,} images: every batch holds images several times"
-        )
-    if held_out < min(10, len(training[0].class_names)):
-        notes.append(
-            f"{config.data.eval_split!r} has {held_out} image{'s' * (held_out > 1)} to "
-            f"evaluate on, fewer than classes: accuracy will say little"
-        )
-    if processes.is_first():
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-
-
-def stored_classes(workdir: Path) -> tuple[str, ...]:
-    """The classes of the run that `workdir` holds, in the order of its outputs, or none."""
-    if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
-        return ()
-    try:
-        return tuple(load_card(workdir)["class_names"])
-    except (UserError, KeyError):
-        return ()  # damaged: what is restored instead is checked later
 
 
 def describe_data(config: ConfigDict, split: str, source: Source) -> dict[str, Any]:
@@ -497,7 +435,7 @@ def train(
       UserError: for everything that the person who wrote `config` can mend.
     """
     config, before = resolve(config, workdir, overridden)
-    run = build(config, stored_classes(workdir))
+    run = build(config, run_data.stored_classes(workdir))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

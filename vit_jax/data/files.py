@@ -15,6 +15,7 @@ from PIL import Image
 
 from vit_jax.data.decode import FORMATS
 from vit_jax.data.sources import digest, plain_label, renumber
+from vit_jax.errors import UserError
 
 # Formats that `decode` reads, as far as this Pillow has them; `.pfm` is floating-point.
 _COMMON = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -81,6 +82,14 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.casefold() in _OF_SYSTEMS
 
 
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one; a link to itself is nothing."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 class Found(NamedTuple):
     """What lies in a folder: paths relative to where the search began.
 
@@ -108,20 +117,43 @@ def search(root: str | Path, start: str, dates: dict[str, int]) -> Found:
     pending: list[tuple[str, frozenset[tuple[int, int]]]] = [(start, frozenset())]
     while pending:
         folder, above = pending.pop()
-        status = os.stat(os.path.join(root, folder))
-        if (identity := (status.st_dev, status.st_ino)) in above:
-            continue
-        dates[folder] = status.st_mtime_ns
-        with os.scandir(os.path.join(root, folder)) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if is_hidden(entry.name):
-                    found.passed["hidden"] += 1
-                elif entry.is_dir():
-                    pending.append((path, above | {identity}))
-                # To open a pipe would wait for ever; a dead link is an error when read.
-                elif entry.is_file() or entry.is_symlink():
-                    _sort(entry.name, path, found)
+        try:
+            inside = _look_into(os.path.join(root, folder), folder, above, dates)
+        except OSError as error:
+            raise UserError(
+                f"folder {os.path.join(root, folder)!r} cannot be read ({error.strerror}); let "
+                "it be read, or move it away."
+            ) from error
+        for name, path, identities in inside:
+            if is_hidden(name):
+                found.passed["hidden"] += 1
+            elif identities is not None:
+                pending.append((path, identities))
+            else:
+                _sort(name, path, found)
+    return found
+
+
+_Identities = frozenset[tuple[int, int]]
+
+
+def _look_into(
+    place: str, folder: str, above: _Identities, dates: dict[str, int]
+) -> list[tuple[str, str, _Identities | None]]:
+    """(name, path, None) of files, and of folders the identities of those that they lie in."""
+    status = os.stat(place)
+    if (identity := (status.st_dev, status.st_ino)) in above:
+        return []
+    dates[folder] = status.st_mtime_ns
+    found: list[tuple[str, str, _Identities | None]] = []
+    with os.scandir(place) as entries:
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if is_folder(entry):
+                found.append((entry.name, path, above | {identity}))
+            # To open a pipe would wait for ever; a dead link is an error when read.
+            elif entry.is_symlink() or entry.is_file():
+                found.append((entry.name, path, None))
     return found
 
 

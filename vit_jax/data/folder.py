@@ -166,7 +166,8 @@ def _tell_of_others(root: Path, splits: list[str], others: list[str]) -> None:
 
 def _folders(root: Path) -> list[str]:
     with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not files.is_hidden(e.name))
+        names = [e.name for e in entries if files.is_folder(e)]
+    return sorted(name for name in names if not files.is_hidden(name))
 
 
 def _class_folders(root: Path, nested: str | None) -> tuple[str, ...]:

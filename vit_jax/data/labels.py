@@ -100,7 +100,7 @@ def find(root: Path) -> Listed | None:
                 found[""].append(Path(entry.path))
             elif ending in ENDINGS and split_kind(stem):
                 found[stem].append(Path(entry.path))
-            elif split_kind(entry.name) and entry.is_dir():
+            elif split_kind(entry.name) and files.is_folder(entry):
                 inside = [Path(entry.path, f"metadata{x}") for x in ENDINGS]
                 found[entry.name] += [path for path in inside if path.is_file()]
     existing = {split: sorted(paths) for split, paths in sorted(found.items()) if paths}

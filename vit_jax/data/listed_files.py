@@ -56,7 +56,9 @@ def find_root(path: Path, root: Path, split: str, rows: Rows, lister: Lister) ->
     if has(path.parent):
         return path.parent
     with os.scandir(path.parent) as entries:
-        beside = sorted(e.name for e in entries if e.is_dir() and not files.is_hidden(e.name))
+        beside = sorted(
+            e.name for e in entries if files.is_folder(e) and not files.is_hidden(e.name)
+        )
     found = [name for name in beside if has(path.parent / name)]
     named = [name for name in found if name in (split, path.stem)]
     of_split = [name for name in found if name.lower().startswith(path.stem.lower())]
