@@ -261,13 +261,14 @@ def test_columns_by_convention_or_by_choice(images, head, line, options):
 def test_a_choice_that_is_left_open_is_refused(images):
     write(images / "t.csv", "image,kind,breed", "0.png,a,b")
     said = message(f"{images}/t.csv")
-    assert "has columns kind, breed, none of which holds labels" in said
+    assert "has columns image, kind, breed, none of which holds labels" in said
     assert f"or give folder:{images}/t.csv,label=NAME" in said
     assert "and no 'size'; give label=NAME with one of them" in message(
         f"{images}/t.csv,label=size"
     )
     assert "an option without a value, or one twice" in message(f"{images}/t.csv,label=")
     assert "has classes=deep: use outer or inner" in message(f"{images},classes=deep")
+    assert "so that label=size has no meaning; give folder:" in message(f"{images},label=size")
 
 
 @pytest.mark.parametrize(
@@ -287,6 +288,24 @@ def test_booleans_and_whole_floats_are_labels(images, labels, names):
         source = sources.load(f"folder:{images}/{name}", "all")
         assert source.class_names == names
         assert rows(source) == [("0.png", 1), ("1.png", 0), ("2.png", 1)]
+
+
+def test_labels_that_look_like_something_else_are_told_of(images, capsys):
+    write(images / "t.csv", "file,label", "0.png,cat", "1.png,dog", "2.png,cat dog")
+    assert sources.load(f"folder:{images}/t.csv", "all").class_names == (
+        "cat",
+        "cat dog",
+        "dog",
+    )
+    said = capsys.readouterr().err
+    assert "class 'cat dog': if these are several labels" in said
+    assert "data.multi_label=space" in said
+    write(images / "u.csv", "file,label", "0.png,1.5", "1.png,2.0")
+    assert sources.load(f"folder:{images}/u.csv", "all").class_names == ("1.5", "2.0")
+    assert "labels such as 1.5, which are taken for names" in capsys.readouterr().err
+    write(images / "v.csv", "file,label", "0.png,big cat", "1.png,big dog")
+    sources.load(f"folder:{images}/v.csv", "all")
+    assert "several" not in capsys.readouterr().err
 
 
 def test_a_table_beside_class_folders_says_what_it_leaves_out(tmp_path, capsys):

@@ -235,7 +235,9 @@ def test_what_stands_between_labels():
     between = lambda setting, *texts: multi_label.separator(setting, texts, "x")
     assert between("auto", "a|b, c", "d") == "|"
     assert between("auto", "a, b", "d") == ","
-    assert between("auto", "a", "b c") == ";"
+    assert between("auto", "a", "b") == ";"
+    with pytest.raises(UserError, match="x has 'b c', which may be one label or several; set"):
+        between("auto", "a", "b c")
     assert between("space", "a;b") is None
     assert between(" ", "a;b") is None
     assert multi_label.divide(" b  a b", None) == ("b", "a")

@@ -116,6 +116,12 @@ def _find(argument: str, multi: str | None) -> tuple[Path, str | None, labels.Li
         raise UserError(f"folder {path!r} does not exist or is not a folder; give folder:PATH.")
     found = None if nested else labels.find(root)
     if found is None:
+        if options:
+            name, value = next(iter(options.items()))
+            raise UserError(
+                f"folder {str(root)!r} is read without a file of labels, so that "
+                f"{name}={value} has no meaning; give folder:{root}/FILE,{name}={value}."
+            )
         return root, nested, None
     return root, None, _with_options(found, multi, options)
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax.data.multi_label import AUTO, divide, hot, separator
+from vit_jax.data.multi_label import AUTO, divide, hot, separator, tell_of_joined
 from vit_jax.data.sources import (
     digest,
     in_order,
@@ -398,6 +398,8 @@ def _classes(
     if not found:
         raise UserError(f"hf:{name} has no label in its column {label!r}; choose another set.")
     if "string" in feature.dtype:
+        if not several:
+            tell_of_joined(sorted(found), f"hf:{name}")
         return tuple(sorted(found)), True
     if "bool" in feature.dtype:
         return ("False", "True"), False

@@ -170,7 +170,9 @@ def open_listed(listed: Listed, split: str) -> FileSource:
     root = listed_files.find_root(path, listed.root, split, rows, lister)
     rows = listed_files.check(path, root, rows, lister)
     _tell_of_gaps(path, classes.names, labels)
-    if "" not in listed.files or path.stem in ("labels", "metadata"):
+    # Where several splits lie in one folder, what one leaves out is another's.
+    alone = len(listed.files) == 1 or split_kind(root.name)
+    if alone and ("" not in listed.files or path.stem.lower() in ("labels", "metadata")):
         listed_files.tell_of_left_out(listed.root, path, root, rows)
     listing = (_arrange_hot if listed.multi else _arrange)(rows, labels, classes)
     if "" in listed.files and not rows[0].split:
@@ -308,14 +310,15 @@ def _json(path: Path, line: int, text: str) -> dict[str, Any]:
 def _layout(listed: Listed, path: Path, record: Mapping[str, Any]) -> Layout:
     """What the columns of a table, or the keys of a first line, hold. Raises UserError."""
     names = {str(key).strip().lower(): str(key).strip() for key in record}
-    file = _column(path, names, "image", listed.image, FILE_COLUMNS)
+    file = _column(path, names, names, "image", listed.image, FILE_COLUMNS)
     others = {key: x for key, x in names.items() if key not in (file, "split", *_NUMBERING)}
     chosen = listed.label or next((key for key in LABEL_COLUMNS if key in others), None)
     if len(others) == 1 and not listed.label:
         return Layout(file, next(iter(others)), {})
     if listed.multi and len(others) > 1 and not chosen:
         return Layout(file, "", others)
-    return Layout(file, _column(path, others, "label", listed.label, LABEL_COLUMNS), {})
+    label = _column(path, names, others, "label", listed.label, LABEL_COLUMNS)
+    return Layout(file, label, {})
 
 
 def _class_columns(listed: Listed, path: Path) -> tuple[str, ...]:
@@ -325,21 +328,23 @@ def _class_columns(listed: Listed, path: Path) -> tuple[str, ...]:
 
 
 def _column(
-    path: Path, record: Mapping[str, Any], what: str, chosen: str | None, known: Sequence[str]
+    path: Path,
+    there: Mapping[str, str],
+    candidates: Mapping[str, str],
+    what: str,
+    chosen: str | None,
+    known: Sequence[str],
 ) -> str:
-    there = ", ".join(map(str, record))
+    listed = f"{str(path)!r} has columns {', '.join(there.values()) or '(none)'}"
     if chosen is not None:
-        if chosen.lower() not in record:
-            raise UserError(
-                f"{str(path)!r} has columns {there}, and no {chosen!r}; give "
-                f"{what}=NAME with one of them."
-            )
+        if chosen.lower() not in candidates:
+            raise UserError(f"{listed}, and no {chosen!r}; give {what}=NAME with one of them.")
         return chosen.lower()
-    if not (present := [name for name in known if name in record]):
+    if not (present := [name for name in known if name in candidates]):
         holds = "image files" if what == "image" else "labels"
         raise UserError(
-            f"{str(path)!r} has columns {there}, none of which holds {holds}; call one of "
-            f"them {' or '.join(known[:3])}, or give folder:{path},{what}=NAME."
+            f"{listed}, none of which holds {holds}; call one of them "
+            f"{' or '.join(known[:3])}, or give folder:{path},{what}=NAME."
         )
     return present[0]
 
@@ -369,6 +374,13 @@ def _classes(listed: Listed, path: Path, known: list[Row]) -> Classes:
     if not found:
         raise UserError(f"{str(path)!r} has no label at all; add some to learn from.")
     if not numbered:
+        if not listed.multi:
+            multi_label.tell_of_joined(sorted(found), repr(str(path)))
+        if broken := sorted(label for label in found if re.fullmatch(r"-?\d*\.\d+", label)):
+            files.tell_once(
+                f"note: {str(path)!r} has labels such as {broken[0]}, which are taken for "
+                f"names of classes: numbers of classes are whole"
+            )
         return Classes(tuple(sorted(found)), False)
     for row in known:
         for label in row.labels:

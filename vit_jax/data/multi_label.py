@@ -14,6 +14,7 @@ import numpy as np
 
 from vit_jax.data.files import tell_once
 from vit_jax.data.sources import Source, known_labels
+from vit_jax.errors import UserError
 
 AUTO = "auto"
 _SEPARATORS = (";", "|", ",")
@@ -28,14 +29,37 @@ def is_multi_label(source: Source) -> bool:
 
 
 def separator(setting: str, texts: Iterable[str], where: str) -> str | None:
-    """What stands between the labels in `texts`; None is for blanks."""
+    """What stands between the labels in `texts`; None is for blanks.
+
+    Raises UserError where `auto` finds nothing but blanks, which names have, too.
+    """
     if setting != AUTO:
         return None if setting.strip() in ("", "space") else setting.strip()
+    texts = list(texts)
     found = set().union(*(set(text) for text in texts)) & set(_SEPARATORS)
+    if not found and (open_ := [text for text in texts if len(text.split()) > 1]):
+        raise UserError(
+            f"{where} has {open_[0]!r}, which may be one label or several; set "
+            "data.multi_label=space for several, or =';' for one."
+        )
     chosen = next((each for each in _SEPARATORS if each in found), _SEPARATORS[0])
     if found:
         tell_once(f"note: the labels of an image in {where} are separated by {chosen!r}")
     return chosen
+
+
+def tell_of_joined(names: Sequence[str], where: str) -> None:
+    """Says that a class looks like several labels of an image, where one is read."""
+    known = set(names)
+    for name in names:
+        for between in (*_SEPARATORS, None):
+            parts = divide(name, between)
+            if len(parts) > 1 and (between in (";", "|") or known.issuperset(parts)):
+                tell_once(
+                    f"note: {where} has the class {name!r}: if these are several labels of an "
+                    f"image, set data.multi_label={'space' if between is None else AUTO}"
+                )
+                return
 
 
 def divide(text: str, between: str | None) -> tuple[str, ...]:
