@@ -5,7 +5,11 @@ of a percent of accuracy. So the methods are told apart by name:
 
     bilinear             TensorFlow's, from half-pixel centres and without antialiasing
     area                 TensorFlow's, the mean over the exact area a pixel covers
-    bilinear_antialias, bicubic (a = -0.5), lanczos      PIL's, antialiased
+    bilinear_antialias, bicubic (a = -0.5), lanczos, box, hamming     PIL's, antialiased
+    nearest              PIL's, the pixel under the new centre
+
+TensorFlow's two may also cut off what is beyond a whole level (`rounding="floor"`) where
+others round: big_vision converts its resized images so, which darkens them by half a level.
 
 All but `area` go along rows first and then along columns, and round to 8 bits in between, as
 PIL did before version 13, which goes along columns first where that is less work.
@@ -31,8 +35,12 @@ _PIL_FILTERS = {
     "bilinear_antialias": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "nearest": Image.Resampling.NEAREST,
 }
 METHODS = ("bilinear", "area", *_PIL_FILTERS)
+ROUNDING = {"nearest": 0.5, "floor": 0.0}  # what is added before the fraction is cut off
 
 # Names of (algorithm, filter). "interpolation" reads as many pixels however much an image is
 # reduced: without antialiasing.
@@ -44,17 +52,26 @@ _CYKOOZ = {
 }
 
 
-def resize(image: Image.Image, size: tuple[int, int], method: str) -> Image.Image:
-    """Resizes an image of mode L or RGB to `size` = (height, width), whatever its aspect."""
+def resize(
+    image: Image.Image, size: tuple[int, int], method: str, rounding: str = "nearest"
+) -> Image.Image:
+    """Resizes an image of mode L or RGB to `size` = (height, width), whatever its aspect.
+
+    Args:
+      image: 8-bit.
+      size: in pixels.
+      method: of `METHODS`.
+      rounding: of `ROUNDING`: how the result becomes 8-bit; PIL's methods know one way.
+    """
     height, width = size
     if (width, height) == image.size:
         return image
     if method == "area":
-        return _by_taps(image, size, _area_taps)
-    if cykooz_resizer:
+        return _by_taps(image, size, _area_taps, rounding)
+    if cykooz_resizer and method in _CYKOOZ and rounding == "nearest":
         return _by_cykooz(image, size, method)
     if method == "bilinear":
-        return _by_taps(image, size, _bilinear_taps)
+        return _by_taps(image, size, _bilinear_taps, rounding)
     rows = image.resize((width, image.height), _PIL_FILTERS[method])
     return rows.resize((width, height), _PIL_FILTERS[method])
 
@@ -81,11 +98,14 @@ def _options(algorithm: str, kernel: str) -> Any:
     return cykooz_resizer.ResizeOptions(chosen)
 
 
-def _by_taps(image: Image.Image, size: tuple[int, int], taps: Any) -> Image.Image:
+def _by_taps(
+    image: Image.Image, size: tuple[int, int], taps: Any, rounding: str
+) -> Image.Image:
     pixels = np.asarray(image)
     for axis, length in enumerate(size):
         pixels = _gather(pixels, axis, *taps(pixels.shape[axis], length))
-    return Image.fromarray((pixels + 0.5).astype(np.uint8))
+        # Sums of weights in float32 may end a hair below the level that they mean.
+    return Image.fromarray((pixels + max(ROUNDING[rounding], 1e-4)).astype(np.uint8))
 
 
 def _gather(

@@ -6,16 +6,32 @@ from pathlib import Path
 from typing import Any
 
 from vit_jax.errors import UserError
-from vit_jax.interop import files, google, huggingface, timm, timm_hybrid
-from vit_jax.interop.families import Imported
+from vit_jax.interop import (
+    files,
+    google,
+    huggingface,
+    timm,
+    timm_hybrid,
+    torchvision,
+    wrappers,
+)
+from vit_jax.interop.families import FAMILIES, Imported
 
 __all__ = ["Imported", "load_weights"]
 
 
 def load_weights(
-    path: Path, image_size: tuple[int, int] | None = None, num_heads: int | None = None
+    path: Path,
+    image_size: tuple[int, int] | None = None,
+    num_heads: int | None = None,
+    *,
+    family: str | None = None,
+    pool: str | None = None,
+    weights: str | None = None,
 ) -> Imported:
     """Reads somebody else's weights.
+
+    What is given here counts before what the file says, and that before what is assumed.
 
     Args:
       path: an `.npz`, `.safetensors` or PyTorch file, or a folder with a `config.json`. Names
@@ -23,31 +39,68 @@ def load_weights(
       image_size: (height, width) that position embeddings, or the token mixing of a Mixer,
         were made for; needed where that is not a square and nothing in the file says so.
       num_heads: where the file does not say it and its width does not give it away.
+      family: a name of `FAMILIES`: whose code trained them.
+      pool: how tokens become one vector, of `vit_config.CHOICES`.
+      weights: `raw` | `ema`, where a file has both.
 
     Raises:
       UserError: the file cannot be read, is none of our models, or is one that our model
         cannot hold exactly.
     """
     path = Path(path)
+    for flag, value, choices in (("family", family, FAMILIES), ("pool", pool, timm.POOLS)):
+        if value is not None and value not in choices:
+            raise UserError(f"--{flag}={value}: use one of {', '.join(choices)}")
     config = huggingface.config_beside(path)
     if path.is_dir():
         arrays, origin = huggingface.read_folder(path)
     else:
-        arrays, origin = files.read(path)
+        arrays, origin = files.read_nested(path)
     if google.recognises(arrays):
-        return google.read(arrays, path, image_size)
+        files.check_finite(arrays, path)
+        size = image_size or _pair(files.npz_comment(path).get("image_size"))
+        return google.read(arrays, path, size, family, pool)
+    chosen = wrappers.choose(arrays, weights, path)
+    files.check_finite(chosen.arrays, path)
+    found = _read(chosen, path, config, origin, image_size, num_heads, family, pool)
+    return dataclasses.replace(found, notes=(*chosen.notes, *found.notes))
+
+
+def _read(
+    chosen: wrappers.Chosen,
+    path: Path,
+    config: dict[str, Any] | None,
+    origin: str,
+    image_size: tuple[int, int] | None,
+    num_heads: int | None,
+    family: str | None,
+    pool: str | None,
+) -> Imported:
+    arrays, notes = chosen.arrays, list[str]()
     if huggingface.recognises(arrays):
-        return huggingface.read(arrays, path, config, image_size, num_heads)
+        return huggingface.read(arrays, path, config, image_size, num_heads, family, pool)
     if timm_hybrid.recognises_mixer(arrays):
         return timm_hybrid.read_mixer(arrays, path, config, image_size)
     if timm_hybrid.recognises(arrays):  # before those that it is built on
-        return timm_hybrid.read(arrays, path, config, image_size, num_heads)
+        return timm_hybrid.read(arrays, path, config, image_size, num_heads, pool)
+    if other := torchvision.recognises(arrays):
+        arrays = torchvision.to_timm(arrays, other, path, notes)
+        family = family or other
+        notes.append(
+            f"The file does not say how images are prepared: as {family} does for most of its "
+            f"models assumed, --transform says another way."
+        )
     if timm.recognises(arrays):
         said = _said(path, origin)
         size, heads = said.pop("image_size", None), said.pop("num_heads", None)
         size, heads = image_size or size, num_heads or heads
-        found = timm.read(arrays, path, config, origin, size, heads)
-        return dataclasses.replace(found, cfg=dataclasses.replace(found.cfg, **said))
+        if pool:
+            said = {k: v for k, v in said.items() if k not in ("pool", "class_token")}
+        found = timm.read(
+            arrays, path, config, origin, size, heads, family, pool, chosen.prefix
+        )
+        cfg = dataclasses.replace(found.cfg, **said)
+        return dataclasses.replace(found, cfg=cfg, notes=(*notes, *found.notes))
     names = ", ".join(sorted(arrays)[:4])
     raise UserError(
         f"{path} has no Vision Transformer of a known family: it holds {len(arrays)} arrays "
@@ -68,3 +121,10 @@ def _said(path: Path, origin: str) -> dict[str, Any]:
         return said
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path} has a header that vit_jax did not write: {error}") from error
+
+
+def _pair(value: Any) -> tuple[int, int] | None:
+    match value:
+        case [int(height), int(width)] if height > 0 and width > 0:
+            return height, width
+    return None
