@@ -223,7 +223,6 @@ def define_flags() -> None:
     flags.DEFINE_string("data", None, "Data source; that of training unless given.")
     flags.DEFINE_string("data_dir", None, "Where tfds: finds prepared data sets.")
     flags.DEFINE_string("split", None, "Split; that of training unless given.")
-    flags.DEFINE_string("transform", None, "Preprocessing; the model's own unless given.")
     flags.DEFINE_integer("batch_size", None, "Examples at a time, over all devices.")
     flags.DEFINE_list("few_shot", None, "Images a class for least squares, e.g. 1,5,10.")
     flags.DEFINE_list("seeds", None, "Of the choice of these images; 0,1,2 unless given.")

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import config as configuration
-from vit_jax.data import mixing, pipeline, preprocess, sources
+from vit_jax.data import mixing, pipeline, preprocess, sources, value_ranges
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.models import registry
@@ -165,6 +165,7 @@ def _reading(data: ConfigDict, mesh: Mesh | None) -> dict[str, Any]:
 def prepare_for_eval(config: ConfigDict) -> Prepare:
     """uint8 images to the range that the model expects, on the device."""
     value_range = config.data.value_range
+    value_ranges.parse(value_range, config.data.channels)  # or it is refused here
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
         # What an objective does not read of this costs nothing under jit.

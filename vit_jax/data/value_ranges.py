@@ -62,11 +62,10 @@ def parse(value_range: str, channels: int | None = None) -> tuple[Numbers, Numbe
 
 def _specified(value_range: str) -> tuple[Numbers, Numbers]:
     match = _SPECIFIED.fullmatch(value_range.strip())
+    texts = (match["mean"], match["std"]) if match else ("", "")
     try:
-        mean, std = (
-            tuple(255 * float(x) for x in match[name].split(",")) for name in ("mean", "std")
-        )  # type: ignore[index]  # no match is an error like any other
-    except (TypeError, ValueError):
+        mean, std = (tuple(255 * float(x) for x in text.split(",")) for text in texts)
+    except ValueError:
         mean, std = (), ()
     known = all(map(math.isfinite, mean + std)) and all(x > 0 for x in std)
     if not mean or not std or not known:

@@ -6,6 +6,7 @@ the same width.
 """
 
 from vit_jax.errors import UserError
+from vit_jax.interop.channels import adapt_first
 from vit_jax.interop.families import flatten
 from vit_jax.interop.positions import resize_params
 from vit_jax.models import vit
@@ -39,6 +40,9 @@ def adapt(
     scanned = [isinstance(cfg, ViTConfig) and cfg.scan for cfg in (old, new)]
     params = vit.unstack_layers(params) if scanned[0] else dict(params)
     target = vit.unstack_layers(fresh) if scanned[1] else dict(fresh)
+    if type(old) is type(new) and old.channels != new.channels:
+        params, note = adapt_first(params, old.channels, new.channels)
+        notes.append(note)
     if isinstance(old, ViTConfig) and isinstance(new, ViTConfig) and old.grid != new.grid:
         params = resize_params(params, old, new, resize)
         how = {"sincos2d": "computed anew", "none": "none"}.get(old.posemb, resize)
@@ -72,5 +76,6 @@ def _check(params: Params, target: Params) -> None:
     if wrong:
         raise UserError(
             f"the weights do not fit the model: {'; '.join(sorted(wrong))}: set config.model "
-            f"to what they were trained as"
+            f"to what they were trained as; a file that leaves model.variant None takes it "
+            f"from the weights"
         )

@@ -88,7 +88,7 @@ def _read(
         family = family or other
         notes.append(
             f"The file does not say how images are prepared: as {family} does for most of its "
-            f"models assumed, --transform says another way."
+            f"models assumed, --family=NAME says another way."
         )
     if timm.recognises(arrays):
         said = _said(path, origin)

@@ -27,7 +27,7 @@ _CLIP = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 _HALF = {"image_mean": 0.5, "image_std": 0.5}
-_COMMON = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False}
+_COMMON: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False}
 _COMMON |= {"rescale_factor": 1 / 255, "default_to_square": True, "crop_size": None}
 _CROP = {"crop_size": 224, "do_center_crop": True}
 _SHORTER = _CROP | {"size": {"shortest_edge": 224}, "default_to_square": False}
@@ -143,14 +143,14 @@ def read_range(said: dict[str, Any], channels: int) -> str:
     Raises:
       Unobeyed: they are no numbers, or not those of so many channels.
     """
-    factor = said["rescale_factor"] if _switch(said, "do_rescale") else 1
+    factor = said["rescale_factor"] if _switch(said, "do_rescale") else 1.0
     if type(factor) not in (int, float) or not 0 < factor < math.inf:
         raise Unobeyed(f"has rescale_factor={factor!r}, which is no positive number")
     mean, std = [0.0], [1.0]
     if _switch(said, "do_normalize"):
         mean = _numbers(said, "image_mean", channels)
         std = _numbers(said, "image_std", channels)
-    scale = 255 * factor
+    scale = 255.0 * factor
     scale = 1.0 if math.isclose(scale, 1.0, rel_tol=1e-6) else scale
     if not all(x / scale > 0 for x in std):
         raise Unobeyed(f"has image_std={std!r}, of which none may be 0 or below")
@@ -185,10 +185,11 @@ def read_transform(said: dict[str, Any], own: Size) -> tuple[str, Size | None]:
         if method is None:
             raise Unobeyed(f"has resample={said['resample']!r}, which is no code of Pillow's")
         how, ends_in = f"method='{method}'", size.exact
-        if size.shorter:
+        if size.exact is None:
             steps.append(f"resize_shorter({size.shorter}, {how})")
         elif _switch(said, "do_center_crop"):
-            edge = size.exact if size.exact[0] != size.exact[1] else size.exact[0]
+            height, width = size.exact
+            edge = height if height == width else size.exact
             steps.append(f"resize({how}, size={edge})")
         else:
             steps.append(f"resize({how})")

@@ -256,6 +256,7 @@ def _positions(
     registers = axes(state, "reg_token", 3, source)[1] if "reg_token" in state else 0
     choices = sorted({0, before, before + registers})
     square = lambda n: n > 0 and math.isqrt(n) ** 2 == n
+    fits: list[tuple[int, tuple[int, int] | None]]
     fits = [(n, size) for size in sizes for n in choices if total - n == math.prod(grid(size))]
     if not fits and not image_size:
         fits = [(n, None) for n in choices if square(total - n)]

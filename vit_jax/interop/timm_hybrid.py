@@ -99,8 +99,8 @@ def read(
     units = _units(backbone)
     cell = reduction(units)  # pixels of one cell of the map
     # Only timm has such names: where there is no config.json, no family is left to guess.
-    bare = not config or "architecture" not in config
-    config = {"architecture": "hybrid"} if bare else config
+    bare = config is None or "architecture" not in config
+    config = {"architecture": "hybrid"} if config is None or bare else config
     # What it says about images is about the pixels, not about the cells of the map.
     of_map = {"architecture": "hybrid", "global_pool": config.get("global_pool")}
     of_map["model_args"] = timm_config.model_args(config) | {"img_size": None}

@@ -10,7 +10,7 @@ taken: it is what timm loads, and what DINO's authors publish. MoCo's evaluate t
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,7 +65,7 @@ def averaged(prefix: str) -> bool:
     return any(map(_AVERAGED.search, prefix.split(".")))
 
 
-def choose(arrays: Mapping[str, object], weights: str | None, source: Path) -> Chosen:
+def choose(arrays: Arrays, weights: str | None, source: Path) -> Chosen:
     """The arrays of the network, or of the one that `weights` asks for.
 
     Args:
