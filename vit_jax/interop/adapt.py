@@ -14,6 +14,7 @@ from vit_jax.models.model import Params
 from vit_jax.models.registry import ModelConfig
 from vit_jax.models.vit_config import ViTConfig
 
+_SHOWN = 30  # arrays that a message names
 _NEW = ("head", "head_dist")  # always from the fresh initialisation
 
 
@@ -33,7 +34,7 @@ def adapt(
       The parameters, in the layout (scanned or not) of `new`, and sentences about what changed.
 
     Raises:
-      UserError: arrays are missing, left over or of another shape; all are listed.
+      UserError: arrays are missing, left over or of another shape; they are listed.
     """
     notes = ["head: new, zero-initialised"] if "head" in fresh else ["head: none"]
     # A ResNet has no layers to scan and no positions, a Mixer only its own size.
@@ -74,8 +75,10 @@ def _check(params: Params, target: Params) -> None:
         if name in found and found[name] != wanted[name]
     ]
     if wrong:
+        shown = sorted(wrong)[:_SHOWN]
+        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         raise UserError(
-            f"the weights do not fit the model: {'; '.join(sorted(wrong))}: set config.model "
+            f"the weights do not fit the model: {'; '.join(shown + more)}: set config.model "
             f"to what they were trained as; a file that leaves model.variant None takes it "
             f"from the weights"
         )

@@ -27,7 +27,12 @@ _CLIP = {
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
 _HALF = {"image_mean": 0.5, "image_std": 0.5}
-_COMMON: dict[str, Any] = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": False}
+_COMMON: dict[str, Any] = {
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "do_center_crop": False,
+}
 _COMMON |= {"rescale_factor": 1 / 255, "default_to_square": True, "crop_size": None}
 _CROP = {"crop_size": 224, "do_center_crop": True}
 _SHORTER = _CROP | {"size": {"shortest_edge": 224}, "default_to_square": False}
@@ -83,12 +88,16 @@ class Said(NamedTuple):
 
 
 def settings(processor: dict[str, Any], model: str, notes: list[str]) -> dict[str, Any]:
-    """All settings, with the defaults of the class for what is missing or null.
+    """All settings, with the defaults of the class for what is missing.
+
+    A switch that is null is off, as it is to transformers; other nulls count as missing.
 
     Raises:
       Unobeyed: the class is unknown, or does more than we do.
     """
-    given = {name: value for name, value in processor.items() if value is not None}
+    off = lambda name, value: False if value is None and name.startswith("do_") else value
+    given = {name: off(name, value) for name, value in processor.items()}
+    given = {name: value for name, value in given.items() if value is not None}
     named = given.get("image_processor_type", given.get("feature_extractor_type"))
     kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(named))
     kind = kind if named else PROCESSOR_OF.get(model, "")

@@ -52,7 +52,7 @@ def prefixes(names: Iterable[str]) -> list[str]:
     """What stands before the networks among arrays of these names; "" for nothing."""
     names, found = set(names), set[str]()
     for anchor, sibling in ANCHORS.values():
-        pattern = re.compile(rf"(|.*\.){anchor}")
+        pattern = re.compile(rf"(|.*?\.){anchor}")
         for name in names:
             match = pattern.fullmatch(name)
             if match and (not sibling or match[1] + sibling in names):
