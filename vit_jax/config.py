@@ -220,7 +220,7 @@ def square_image_size(config: ConfigDict) -> None:
     size = config.image_size
     if len(size) not in (1, 2) or not all(type(edge) is int for edge in size):
         raise UserError(
-            f"image_size is {size}: write pixels of a square, 224, or (height, width), (224, 448)"
+            f"image_size is {size}: write the edge of a square, 224, or (height, width)"
         )
     config.image_size = (size[0], size[-1])
 

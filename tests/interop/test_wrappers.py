@@ -172,7 +172,7 @@ def test_dictionaries_in_dictionaries(tmp_path):
     assert any("optimizer.state.0.exp_avg" in note for note in found.notes)
     content["itself"] = content
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(UserError, match="networks|damaged|two arrays"):
+    with pytest.raises(UserError, match=r"networks|damaged|two arrays"):
         load_weights(tmp_path / "w.pth", num_heads=3)
 
 
