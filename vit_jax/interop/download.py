@@ -116,9 +116,8 @@ def _check_spelling(kind: str, name: str) -> None:
         folder, slash, model = "", "", re.sub("[/+]", "_", name.removesuffix(".npz"))
     for known in _MODELS.get(kind, ()):
         if plain(known) == plain(model) and known != model:
-            raise UserError(
-                f"{kind + ':' + name!r} is no name of weights: write {kind}:{folder}{slash}{known}."
-            )
+            meant = f"{kind}:{folder}{slash}{known}"
+            raise UserError(f"{f'{kind}:{name}'!r} is no name of weights: write {meant}.")
 
 
 def _host(variable: str) -> str:

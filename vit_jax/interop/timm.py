@@ -160,6 +160,11 @@ def read(
     layout = SWIGLU if _has_gate(state, source) else LAYOUT
     state = _unshare(split(state, layout, source), notes)
     args = timm_config.model_args(config)
+    if offset := timm_config.pretrained_cfg(config or {}).get("label_offset"):
+        raise UserError(
+            f"{source} has label_offset={offset!r} in its config.json, by which classes are "
+            f"moved: save it anew by timm, which applies it"
+        )
     if args.get("pool_include_prefix"):
         raise UserError(
             f"{source} cannot be held exactly by our model: it pools the class token with the "
