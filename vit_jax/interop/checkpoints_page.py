@@ -103,7 +103,8 @@ TIMM = (
     ("`interpolation`", ", ".join(timm_config._METHODS)),
     ("`mean`, `std`", "any numbers"),
     ("`num_heads`, `act_layer`, `global_pool`, `label_names`", "as they are"),
-    ("`pool_include_prefix`, `label_offset`, `crop_border_pixels`, `dynamic_img_pad`", "refused"),
+    ("`pool_include_prefix`, `label_offset`", "refused"),
+    ("`crop_border_pixels`, `dynamic_img_pad`", "refused where images are prepared"),
     ("`first_conv`", "found by itself: the first layer for other channels is adapted as timm "
      "does, where `config.data.channels` or `convert --channels` ask for it"),
 )  # fmt: skip
