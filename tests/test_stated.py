@@ -205,6 +205,46 @@ def test_training_is_told_as_well(tmp_path):
     assert result["eval/count"] == 64
 
 
+def test_what_is_said_and_is_not_so_is_refused(tmp_path):
+    cfg, params = tiny_models.model()
+    google.write(tmp_path / "w.npz", cfg, params)
+    for said, reason in (
+        (Stated(num_heads=4), "--num_heads=4 is not so: .* has num_heads 3"),
+        (Stated(weights="ema"), "one set of weights: leave out --weights=ema"),
+        (Stated(image_size=(16, 32)), "not an image of 16 x 32"),
+        (Stated(pool="map"), "MAPHead_0|is missing"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            trained.load_any(str(tmp_path / "w.npz"), "last", None, said)
+
+
+@pytest.mark.parametrize("form", ["hf", "vit_jax"])
+def test_convert_keeps_the_published_size(tmp_path, form):
+    """Of images smaller than the positions: both sizes in a folder, one in our own."""
+    from vit_jax.interop import huggingface
+
+    cfg, params = tiny_models.model(image_size=(64, 64))
+    transform = "resize_shorter(36, method='bicubic')|center_crop"
+    huggingface.write(tmp_path / "a", cfg, params, None, "imagenet", transform, (32, 24))
+    model = trained.load_any(str(tmp_path / "a"), "last", None, as_stored=True)
+    assert (model.model.config.grid, model.input_size) == ((8, 8), (32, 24))
+    assert "64x64x3, 8x8 patches of 8, prepared at 32x24" in convert.describe(model)
+    if form == "vit_jax":
+        model, changes = convert.resize(model, model.input_size, model.resize)
+        assert "from 8x8 to 4x3 patches" in changes[-1]
+        assert model.config.data.eval_transform == transform
+    convert.write(model, tmp_path / "b", form, "float32")
+    again = trained.load_any(str(tmp_path / "b"), "last", None)
+    assert again.model.config.image_size == tuple(again.config.image_size) == (32, 24)
+    assert again.config.data.eval_transform == transform
+    direct = trained.load_any(str(tmp_path / "a"), "last", None)
+    jax.tree.map(np.testing.assert_array_equal, again.params, direct.params)
+    larger, changes = convert.resize(
+        trained.load_any(str(tmp_path / "a"), "last", None, as_stored=True), (64, 48), "corner"
+    )
+    assert larger.config.data.eval_transform == transform.replace("36", "72")
+
+
 # --- Channels -----------------------------------------------------------------------------
 
 

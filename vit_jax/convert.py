@@ -46,6 +46,8 @@ def describe(model: Trained) -> str:
         shape += f", {cfg.num_heads} heads"
     if isinstance(cfg, ResNetConfig):
         shape = f"stages of {cfg.resnet} units, {cfg.resnet_width} times as wide as ResNet-50"
+    if model.input_size:
+        images += ", prepared at {}x{} as published".format(*model.input_size)
     lines = [
         f"family     {model.family}",
         f"variant    {registry.variant_name(cfg) or 'of its own'}: {shape}",

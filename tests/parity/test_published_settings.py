@@ -106,6 +106,19 @@ def test_settings_of_image_processors(tmp_path, case):
         assert difference.mean() < 0.16 * level
 
 
+def test_a_processor_within_another(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder_with(tmp_path, BIT | {"crop_size": 64})
+    (tmp_path / "preprocessor_config.json").rename(tmp_path / "x.json")
+    inside = json.loads((tmp_path / "x.json").read_text())
+    outside = {"processor_class": "X", "image_processor": inside}
+    (tmp_path / "processor_config.json").write_text(json.dumps(outside))
+    found = load_weights(tmp_path)
+    assert found.eval_transform == "resize_shorter(72, method='bicubic')|center_crop"
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    assert dict(processor.size) == {"shortest_edge": 72}
+
+
 @pytest.mark.parametrize("code", [0, 4, 5])
 def test_pillows_other_filters(code):
     """Which torch has not: against Pillow itself."""

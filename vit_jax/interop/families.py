@@ -244,7 +244,7 @@ def square_grid(
     if (image_size[0] // patch_size) * (image_size[1] // patch_size) != patches:
         raise UserError(
             f"{source} is made for {patches} patches of {patch_size} pixels, "
-            f"which is not an image of {image_size[0]} x {image_size[1]}"
+            f"which is not an image of {image_size[0]} x {image_size[1]}: {_SAY_SIZE}"
         )
     return image_size
 

@@ -297,9 +297,8 @@ def _read_torch(path: Path, nested: bool) -> tuple[Arrays, str]:
         raise _Reason(f"is a PyTorch file with a {type(state).__name__}, not a state_dict")
     if nested:
         tensors = _tensors(state, torch.Tensor)
-        kind = (
-            "torch" if any(isinstance(x, torch.Tensor) for x in state.values()) else "wrapped"
-        )
+        flat = [x for x in state.values() if isinstance(x, torch.Tensor)]
+        kind = "torch" if len(flat) == len(tensors) else "wrapped"
     else:
         kind = "torch"
         while isinstance(state, dict) and (
@@ -315,10 +314,11 @@ def _read_torch(path: Path, nested: bool) -> tuple[Arrays, str]:
 
 
 def _tensors(state: Mapping[Any, Any], kind: type, depth: int = 0) -> dict[str, Any]:
-    """All tensors in nested dictionaries, by their keys joined with dots."""
+    """All tensors in nested dictionaries and lists, by their keys joined with dots."""
     found: dict[str, Any] = {}
     for key, value in state.items():
         inside = {"": value} if isinstance(value, kind) else {}
+        value = dict(enumerate(value)) if isinstance(value, list | tuple) else value
         if isinstance(value, Mapping) and depth < _DEPTH:
             inside = _tensors(value, kind, depth + 1)
         for name, tensor in inside.items():

@@ -105,7 +105,10 @@ def read_folder(folder: Path) -> tuple[Arrays, str]:
         index = _read_json(folder / f"{name}.index.json")
         if index is not None:
             return _read_shards(folder, index, f"{name}.index.json")
-    raise UserError(f"{folder} has no weights: model.safetensors is what is looked for")
+    endings = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz")
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in endings)[:4]
+    hint = f"; pass a file in it, such as {', '.join(others)}" if others else ""
+    raise UserError(f"{folder} has no weights: model.safetensors is what is looked for{hint}")
 
 
 def _read_shards(folder: Path, index: dict[str, Any], name: str) -> tuple[Arrays, str]:
@@ -174,13 +177,21 @@ def read(
     cfg = _configure(state, model, config, source, image_size, num_heads, family, pool, notes)
     params = convert(state, cfg, names, source)
     folder = source if source.is_dir() else source.parent
-    processor = _read_json(folder / "preprocessor_config.json") if config else None
+    processor = _processor(folder) if config else None
     given = from_processor(processor, model, cfg, notes) if processor else {}
     given |= classes(config, cfg.num_classes, source, notes)
     # Their code resizes in ways of its own: BEiT originally by splines, DINOv2 by an odd scale.
     if model in ("beit", "dinov2"):
         given["posemb_resize"] = "half_pixel" if model == "beit" else "bicubic"
     return imported(family or _FAMILY[model], cfg, params, notes, **given)
+
+
+def _processor(folder: Path) -> dict[str, Any] | None:
+    """What a folder says about images, with other processors or in a file of its own."""
+    inside = (_read_json(folder / "processor_config.json") or {}).get("image_processor")
+    if isinstance(inside, dict):
+        return inside
+    return _read_json(folder / "preprocessor_config.json")
 
 
 def _unshare(state: Arrays, notes: list[str]) -> Arrays:

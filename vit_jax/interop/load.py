@@ -57,13 +57,35 @@ def load_weights(
     else:
         arrays, origin = files.read_nested(path)
     if google.recognises(arrays):
+        if weights is not None:
+            raise UserError(f"{path} holds one set of weights: leave out --weights={weights}")
         files.check_finite(arrays, path)
         size = image_size or _pair(files.npz_comment(path).get("image_size"))
-        return google.read(arrays, path, size, family, pool)
-    chosen = wrappers.choose(arrays, weights, path)
-    files.check_finite(chosen.arrays, path)
-    found = _read(chosen, path, config, origin, image_size, num_heads, family, pool)
-    return dataclasses.replace(found, notes=(*chosen.notes, *found.notes))
+        found = google.read(arrays, path, size, family, pool)
+    else:
+        chosen = wrappers.choose(arrays, weights, path)
+        files.check_finite(chosen.arrays, path)
+        found = _read(chosen, path, config, origin, image_size, num_heads, family, pool)
+        found = dataclasses.replace(found, notes=(*chosen.notes, *found.notes))
+    said: dict[str, Any] = {"num_heads": num_heads, "pool": pool, "family": family}
+    said["source_image_size"] = image_size
+    _check_taken(found, said, path)
+    return found
+
+
+def _check_taken(found: Imported, said: dict[str, Any], path: Path) -> None:
+    """Refuses what was said and is not so, because the arrays decide it.
+
+    Raises:
+      UserError: naming the flag and what the file has.
+    """
+    has = {**vars(found.cfg), "family": found.family, "source_image_size": found.cfg.image_size}
+    for flag, value in said.items():
+        if value is not None and has.get(flag) != value:
+            value = "x".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(
+                f"--{flag}={value} is not so: {path} has {flag} {has.get(flag, 'of no kind')}"
+            )
 
 
 def _read(

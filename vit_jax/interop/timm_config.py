@@ -74,6 +74,12 @@ def read_images(config: dict[str, Any], cfg: ModelConfig, notes: list[str]) -> d
         except Unobeyed as reason:
             notes.append(f"config.json {reason}: images are not prepared as published.")
             given["unprepared"] = f"config.json {reason}"
+    said = config.get("num_classes", data.get("num_classes"))
+    if type(said) is int and said != cfg.num_classes:
+        notes.append(
+            f"config.json has num_classes {said}, but the head has {cfg.num_classes} outputs: "
+            f"those of the head count."
+        )
     labels = data.get("label_names", config.get("label_names", data.get("labels")))
     if isinstance(labels, list) and labels:
         if len(labels) == cfg.num_classes:
