@@ -96,7 +96,8 @@ def test_flags_named_below_the_commands_are_in_every_command_that_opens_weights(
     for path in set((ROOT / "interop").rglob("*.py")) - {ROOT / "interop/checkpoints_page.py"}:
         for text in texts(path):
             for name in re.findall(r"(?<![\w-])--([a-z][a-z0-9_]*)", text):
-                assert name in NAMES, f"{path.name}: --{name}"
+                own = path.name == "channels.py" and name == "config"  # that of training
+                assert own or name in NAMES, f"{path.name}: --{name}"
 
 
 def test_every_field_in_a_message_exists():

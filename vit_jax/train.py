@@ -29,6 +29,7 @@ from vit_jax import config as configuration
 from vit_jax.data import pipeline, value_ranges
 from vit_jax.data.sources import Source, fingerprint
 from vit_jax.errors import UserError
+from vit_jax.interop import channels
 from vit_jax.interop.adapt import adapt
 from vit_jax.models.flops import train_flops
 from vit_jax.models.model import count_parameters
@@ -130,26 +131,6 @@ def weights_to_begin_with(config: ConfigDict, workdir: Path, said: Stated) -> Tr
     if not config.init_from or has_checkpoints(workdir):
         return None
     return trained.load_any(config.init_from, "last", None, said, as_stored=True)
-
-
-def check_channels(
-    config: ConfigDict, weights: ConfigDict, overridden: Collection[str]
-) -> None:
-    """Refuses images of another number of channels than the weights', unless asked for.
-
-    Who sets data.channels, on the command line or to anything but its default, asks for it.
-
-    Raises:
-      UserError: naming both numbers and what to set.
-    """
-    ours, theirs = config.data.channels, weights.data.channels
-    asked = "data.channels" in overridden or ours != configuration.get_config().data.channels
-    if ours != theirs and not asked:
-        raise UserError(
-            f"{config.init_from} was trained on images of {theirs} channels, and data.channels "
-            f"is {ours}: pass --config.data.channels={theirs} to read such images, or "
-            f"--config.data.channels={ours} to adapt its first layer to {ours}"
-        )
 
 
 def has_checkpoints(workdir: Path) -> bool:
@@ -474,7 +455,9 @@ def train(
     config, before = resolve(config, workdir, overridden, said)
     before = before or weights_to_begin_with(config, workdir, said)
     if before is not None:
-        check_channels(config, before.config, overridden)
+        ours, theirs = config.data.channels, before.config.data.channels
+        asked = ours != configuration.get_config().data.channels
+        channels.check(config.init_from, ours, theirs, asked or "data.channels" in overridden)
     run = build(config)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

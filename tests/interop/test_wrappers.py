@@ -119,6 +119,14 @@ def test_several_networks_are_not_one(tmp_path):
         load(tmp_path, under("image.") | under("query."))
 
 
+def test_the_usual_words_come_first(tmp_path):
+    found = load(tmp_path, under("best.", OTHER) | under("state_dict."))
+    assert_taken(found, STATE)
+    assert any("such as best." in note for note in found.notes)
+    with pytest.raises(UserError, match="2 networks"):
+        load(tmp_path, under("model.a.") | under("model.b."))
+
+
 def test_words_about_what_is_left_out_are_true(tmp_path):
     heads = {"backbone.norm_of_mine": np.ones(3)}
     with pytest.raises(UserError, match="norm_of_mine is unknown"):

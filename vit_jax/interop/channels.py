@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax.errors import UserError
+
 # Where a network meets the pixels: the kernel's axis 2 is the channel.
 FIRST = ("conv_root", "embedding", "stem")
 
@@ -31,3 +33,25 @@ def adapt_first(params: Any, old: int, new: int) -> tuple[Any, str]:
         how = f"kernels in turn, scaled by {old}/{new}"
     note = f"{name}: from {old} to {new} channels ({how}, as timm does)"
     return {**params, name: {**params[name], "kernel": kernel}}, note
+
+
+def check(name: str, ours: int, theirs: int, asked: bool) -> None:
+    """Refuses images of another number of channels than the weights', unless asked for.
+
+    Who sets data.channels, on the command line or to anything but its default, asks for it.
+
+    Args:
+      name: of the weights.
+      ours: data.channels.
+      theirs: channels that they were trained with.
+      asked: whether somebody set data.channels.
+
+    Raises:
+      UserError: naming both numbers and what to set.
+    """
+    if ours != theirs and not asked:
+        raise UserError(
+            f"{name} was trained on images of {theirs} channels, and data.channels is {ours}: "
+            f"pass --config.data.channels={theirs} to read such images, or "
+            f"--config.data.channels={ours} to adapt its first layer to {ours}"
+        )

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from vit_jax.errors import UserError
 from vit_jax.interop.families import Arrays
+from vit_jax.interop.files import WRAPPERS
 from vit_jax.interop.huggingface_names import PATCHES, PREFIXES
 
 WEIGHTS = ("raw", "ema")
@@ -29,7 +30,9 @@ ANCHORS: dict[str, tuple[str, str]] = {
     "torchvision": (r"conv_proj\.weight", "encoder.pos_embedding"),
     "OpenCLIP": (r"conv1\.weight", "class_embedding"),
 }
-_AVERAGED = re.compile(r"(^|_)(ema|teacher|swa|averaged?|momentum|target)(_|$)|^encoder_k$")
+_AVERAGED = re.compile(
+    r"(^|_)(ema|teacher|swa|avg|averaged?|polyak|momentum|target)(_|$)|^encoder_k$", re.I
+)
 _EVALUATED_RAW = re.compile(r"(^|_)momentum(_|$)|^encoder_k$")  # beside the average
 _PROJECTION = re.compile(r"(^|\.|_)(head|projector|projection|predictor)(\.|_|$)")
 
@@ -85,14 +88,14 @@ def choose(arrays: Arrays, weights: str | None, source: Path) -> Chosen:
         raise UserError(f"{source} holds no averaged weights: leave out --weights=ema")
     if not kinds[wanted] and found:
         raise UserError(f"{source} holds averaged weights alone: leave out --weights=raw")
-    if len(kinds[wanted]) > 1:
+    if not found:
+        return Chosen(dict(arrays), "", ())
+    prefix = _likeliest(kinds[wanted])
+    if prefix is None:
         raise UserError(
             f"{source} holds {len(kinds[wanted])} networks, under "
             f"{', '.join(map(repr, kinds[wanted]))}: save the one that you mean by itself"
         )
-    if not found:
-        return Chosen(dict(arrays), "", ())
-    [prefix] = kinds[wanted]
     inside = _inside(arrays, prefix, found)
     others = [p for kind in WEIGHTS if kind != wanted for p in kinds[kind]]
     notes = _left_out(arrays, prefix, [prefix, *others], found)
@@ -101,6 +104,15 @@ def choose(arrays: Arrays, weights: str | None, source: Path) -> Chosen:
     elif wanted == "ema" and "teacher" not in prefix:
         notes.insert(0, f"The weights are averaged over training ({_shown(prefix)}).")
     return Chosen({k.removeprefix(prefix): arrays[k] for k in inside}, prefix, tuple(notes))
+
+
+def _likeliest(found: list[str]) -> str | None:
+    """The network under the first of the usual words, where exactly one is; else None."""
+    for word in ("", *WRAPPERS):
+        under = [prefix for prefix in found if prefix.split(".")[0] == word]
+        if under:
+            return under[0] if len(under) == 1 else None
+    return found[0] if len(found) == 1 else None
 
 
 def _usual(kinds: dict[str, list[str]]) -> str:
