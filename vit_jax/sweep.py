@@ -307,6 +307,18 @@ def sweep(
     return None if stop.requested else record
 
 
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    overridden: Collection[str],
+    stop: StopSignal,
+    said: Stated,
+) -> dict[str, Any]:
+    """One run of `vit_jax.train`, told about its weights where there is anything to tell."""
+    told = {} if said == stated.NOTHING else {"said": said}
+    return trainer.train(config, workdir, overridden, stop, **told)
+
+
 def try_setting(
     config: ConfigDict,
     setting: Setting,
@@ -318,8 +330,7 @@ def try_setting(
     """Trains one point of the grid: its `metrics`, or why it `failed`."""
     try:
         run = setting.apply(config)
-        metrics = trainer.train(run, workdir / setting.name, overridden, stop, said)
-        return {"metrics": metrics}
+        return {"metrics": train(run, workdir / setting.name, overridden, stop, said)}
     except Diverged as error:
         print(f"{setting.name} failed: {error}")
         return {"failed": str(error)}
@@ -356,7 +367,7 @@ def train_final(
     write_record(record, workdir)
     print(f"\nfinal run: {setting.name} on {train_split}", flush=True)
     config = final_config(config, setting)
-    metrics = trainer.train(config, workdir / "final", overridden, stop, said)
+    metrics = train(config, workdir / "final", overridden, stop, said)
     if metrics:
         record["final"] = plan | {"metrics": metrics}
         write_record(record, workdir)

@@ -349,6 +349,16 @@ def test_a_timm_rectangle_is_one(tmp_path):
         assert_close(ours(found, x)[0], theirs(tensor))
 
 
+def test_a_fixed_size_is_that_of_the_network(tmp_path):
+    hub = pytest.importorskip("timm.models._hub")
+    cfg = {"input_size": [3, 48, 48], "fixed_input_size": True, "crop_pct": 1.0}
+    timm_folder(tmp_path, (64, 16), cfg)
+    found = load_weights(tmp_path)
+    theirs, _, _ = hub.load_model_config_from_path(tmp_path)
+    assert theirs["input_size"] == (3, *found.cfg.image_size)
+    assert (found.cfg.image_size, found.input_size) == ((64, 16), None)
+
+
 def test_timm_resizes_positions_to_the_published_size(tmp_path):
     """`dynamic_img_size`: positions for 48 pixels, images of 32 x 64."""
     cfg = {"input_size": [3, 32, 64], "fixed_input_size": False, "crop_pct": 1.0}

@@ -52,8 +52,15 @@ def _pair(value: Any) -> Size | None:
 
 
 def _input_size(config: dict[str, Any]) -> Size | None:
-    """(H, W) of `input_size`, which counts the channels first."""
-    value = pretrained_cfg(config).get("input_size")
+    """(H, W) of `input_size`, which counts the channels first.
+
+    Where the size is fixed, it is the one that the network was made for.
+    """
+    data, args = pretrained_cfg(config), model_args(config)
+    fixed = data.get("fixed_input_size") and not args.get("dynamic_img_size")
+    if fixed and (made_for := _pair(args.get("img_size"))):
+        return made_for
+    value = data.get("input_size")
     return _pair(value[1:]) if isinstance(value, list) and len(value) == 3 else None
 
 
