@@ -121,7 +121,9 @@ def get_config() -> ConfigDict:
     data.train_transform = "inception_crop(0.05, 1.0)|flip"  # see data/preprocess.py
     data.eval_transform = "resize"
     data.repeats = 1  # copies of an image in a batch, each augmented anew (DeiT: 3); 1: off
-    data.value_range = "inception"  # inception: [-1, 1] | imagenet: by mean and deviation
+    # inception: [-1, 1] | imagenet, openclip: by mean and deviation | mean=0.5,0.4,0.3
+    # std=0.2,0.2,0.2: by others, of pixels in [0, 1]; see data/value_ranges.py
+    data.value_range = "inception"
     data.mixup = 0.0  # alpha of the Beta distribution; 0: off
     data.cutmix = 0.0  # alpha of CutMix's Beta distribution; 0: off
     data.mix_probability = 1.0  # share of the batches that are mixed

@@ -6,7 +6,8 @@ A transform is written as operations joined by `|`:
     resize                                                 fine-tuning, evaluation
     resize_shorter(256, 'area')|center_crop                evaluation of big_vision's models
 
-Everything here works on 8-bit PIL images on the host; only `normalize` runs on the device.
+Everything here works on 8-bit PIL images on the host; only `normalize`, of `value_ranges`, runs
+on the device.
 Sizes are (height, width) throughout and need not be square.
 """
 

@@ -105,7 +105,7 @@ def settings(processor: dict[str, Any], model: str, notes: list[str]) -> dict[st
         raise Unobeyed(f"prepares images by {named or 'code of its own'}, which is not known")
     if given.get("do_pad"):
         raise Unobeyed(
-            "has do_pad=true: images are filled up after scaling, which ours are not"
+            "has do_pad=true, which fills images up after scaling and is not done here"
         )
     unread = sorted(given.keys() - {*OBEYED, *NEUTRAL, "do_pad"})
     unread = [name for name in unread if given[name] is not False]
