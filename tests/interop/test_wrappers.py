@@ -135,7 +135,9 @@ def test_words_about_what_is_left_out_are_true(tmp_path):
     note = next(note for note in found.notes if "Left out" in note)
     assert note == "Left out: 1 arrays outside 'backbone.', such as text.weight."
     found = load(tmp_path, under("backbone.") | {"head.mlp.0.weight": np.ones(3)})
-    assert any("such as head.mlp.0.weight (a projection head" in note for note in found.notes)
+    assert any("such as head.mlp.0.weight (a projection head)." in n for n in found.notes)
+    found = load(tmp_path, under("backbone.", HEADLESS) | {"fc.weight": np.ones((5, 24))})
+    assert any("such as fc.weight (a head outside the network)." in n for n in found.notes)
 
 
 @pytest.mark.parametrize("own_numbers", [False, True])

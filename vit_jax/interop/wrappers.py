@@ -34,7 +34,11 @@ _AVERAGED = re.compile(
     r"(^|_)(ema|teacher|swa|avg|averaged?|polyak|momentum|target)(_|$)|^encoder_k$", re.I
 )
 _EVALUATED_RAW = re.compile(r"(^|_)momentum(_|$)|^encoder_k$")  # beside the average
-_PROJECTION = re.compile(r"(^|\.|_)(head|projector|projection|predictor)(\.|_|$)")
+_HEADS = {  # what arrays outside a network are, by the names of all of them
+    "a projection head": r"(^|[._])(projector|projection(_head)?|proj_head|predictor)[._]|"
+    r"(dino|ibot)_head\.|(^|\.)head\.(mlp|last_layer|\d+)\.",
+    "a head outside the network": r"(^|\.)(head|classifier|fc|linear)\.(weight|bias)$",
+}
 
 
 class Chosen(NamedTuple):
@@ -148,6 +152,6 @@ def _left_out(
     rest = sorted(name for name in arrays if name not in known)
     if not rest:
         return []
-    heads = [name for name in rest if _PROJECTION.search(name)]
-    what = " (a projection head or the like)" if len(heads) == len(rest) else ""
+    kinds = [what for what, names in _HEADS.items() if all(re.search(names, n) for n in rest)]
+    what = f" ({kinds[0]})" if kinds else ""
     return [f"Left out: {len(rest)} arrays outside {prefix!r}, such as {rest[0]}{what}."]
