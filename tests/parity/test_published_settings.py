@@ -370,6 +370,26 @@ def test_timm_resizes_positions_to_the_published_size(tmp_path):
     assert_close(ours(found, x)[0], theirs(tensor))
 
 
+def test_transformers_wrapper_around_timm(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    cfg = {"input_size": [3, 32, 64], "mean": [0.1, 0.2, 0.3], "fixed_input_size": True}
+    theirs = transformers.TimmWrapperForImageClassification(
+        transformers.TimmWrapperConfig(
+            architecture="vit_tiny_patch16_224",
+            model_args={"img_size": (32, 64), "depth": 2},
+            pretrained_cfg=cfg | {"num_classes": 3},
+            id2label={0: "a", 1: "b", 2: "c"},
+            problem_type="multi_label_classification",
+        )
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    found = load_weights(tmp_path)
+    assert (found.cfg.grid, found.class_names) == ((2, 4), ("a", "b", "c"))
+    assert found.multi_label
+    x, tensor = images((32, 64))
+    assert_close(ours(found, x)[0], theirs(tensor).logits)
+
+
 def test_an_image_is_prepared_for_the_size_that_it_is_cropped_to():
     picture = Image.fromarray(np.zeros((30, 20, 3), np.uint8))
     crop = parse_transform("resize_shorter(10, 'bicubic')|center_crop(fill=0)", (16, 8))

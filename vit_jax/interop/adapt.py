@@ -14,6 +14,7 @@ from vit_jax.models.model import Params
 from vit_jax.models.registry import ModelConfig
 from vit_jax.models.vit_config import ViTConfig
 
+_SHAPE = ("depth", "width", "mlp_dim", "num_heads", "pool")  # of what does not fit, told first
 _SHOWN = 30  # arrays that a message names
 _NEW = ("head", "head_dist")  # always from the fresh initialisation
 
@@ -59,11 +60,11 @@ def adapt(
         notes.append("pre_logits: new")
     params = {name: value for name, value in params.items() if name not in _NEW}
     params |= {name: target[name] for name in _NEW if name in target}
-    _check(params, target)
+    _check(params, target, old, new)
     return (vit.stack_layers(params) if scanned[1] else params), notes
 
 
-def _check(params: Params, target: Params) -> None:
+def _check(params: Params, target: Params, old: ModelConfig, new: ModelConfig) -> None:
     found, wanted = (
         {name: leaf.shape for name, leaf in flatten(tree).items()} for tree in (params, target)
     )
@@ -75,7 +76,13 @@ def _check(params: Params, target: Params) -> None:
         if name in found and found[name] != wanted[name]
     ]
     if wrong:
-        shown = sorted(wrong)[:_SHOWN]
+        has = lambda cfg, name: getattr(cfg, name, None)
+        shape = [
+            f"model.{name} is {has(old, name)} in them, not {has(new, name)}"
+            for name in _SHAPE
+            if has(old, name) != has(new, name)
+        ]
+        shown = shape + sorted(wrong)[:_SHOWN]
         more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         raise UserError(
             f"the weights do not fit the model: {'; '.join(shown + more)}: set config.model "

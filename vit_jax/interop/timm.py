@@ -32,6 +32,7 @@ from vit_jax.interop.families import (
     square_grid,
     with_prefix_rows,
 )
+from vit_jax.interop.huggingface_config import classes
 from vit_jax.interop.torch_layout import (
     POSITIONS,
     Layout,
@@ -176,6 +177,9 @@ def read(
         family = seen or _family(state, prefix, origin, decoder, mask, rows, config, notes)
     cfg = _configure(state, family, source, image_size, num_heads, args, pool, notes)
     given = timm_config.read_images(config, cfg, notes) if config else {}
+    if config and config.get("problem_type"):  # of transformers' wrapper around timm
+        about = classes(config, cfg.num_classes, source, notes)
+        given["multi_label"] = about["multi_label"]
     if family == "beit" and config:
         given["posemb_resize"] = "geometric"  # the original interpolates by cubic splines
     params = convert(state, cfg, layout, source)
