@@ -246,6 +246,36 @@ def test_convert_keeps_the_published_size(tmp_path, form):
     assert larger.config.data.eval_transform == transform.replace("36", "72")
 
 
+def test_our_safetensors_say_how_images_are_prepared(tmp_path, capsys):
+    """What a state dict cannot say is in its header, for us."""
+    from vit_jax.interop import huggingface
+
+    cfg, params = tiny_models.model(image_size=(64, 64), gelu="erf")
+    transform, names = "resize(method='bicubic', size=(40, 36))|center_crop", tuple("abcde")
+    numbers = "mean=0.1,0.2,0.3 std=0.4,0.5,0.6"
+    huggingface.write(tmp_path / "a", cfg, params, names, numbers, transform, (32, 24))
+    model = trained.load_any(str(tmp_path / "a"), "last", None, as_stored=True)
+    convert.write(model, tmp_path / "w.safetensors", "timm", "float32")
+    found = trained.load_any(str(tmp_path / "w.safetensors"), "last", None)
+    expected = trained.load_any(str(tmp_path / "a"), "last", None)
+    assert found.class_names == names
+    assert (found.family, found.resize) == ("huggingface", "bicubic")
+    for field in ("value_range", "eval_transform"):
+        assert found.config.data[field] == expected.config.data[field]
+    assert found.model.config == expected.model.config
+    jax.tree.map(np.testing.assert_array_equal, found.params, expected.params)
+    assert not any("assumed" in note for note in found.notes)
+    told = trained.load_any(str(tmp_path / "w.safetensors"), "last", None, Stated(family="mae"))
+    assert (told.family, told.config.data.value_range) == ("mae", "imagenet")
+    timm.write(tmp_path / "x", cfg, params, {"class_names": ("a", "b")})
+    with pytest.raises(UserError, match="header that does not fit its 5 outputs"):
+        trained.load_any(str(tmp_path / "x"), "last", None)
+    for wrong in ({"family": "mine"}, {"value_range": 3}, {"input_size": [1]}):
+        timm.write(tmp_path / "x", cfg, params, wrong)
+        with pytest.raises(UserError, match="header that vit_jax did not write"):
+            trained.load_any(str(tmp_path / "x"), "last", None)
+
+
 # --- Channels -----------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ from vit_jax.data import preprocess, value_ranges
 from vit_jax.errors import UserError
 from vit_jax.interop import google, huggingface, positions, timm
 from vit_jax.interop.channels import adapt_first
+from vit_jax.interop.families import FAMILIES
 from vit_jax.models import registry, vit
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.model import count_parameters
@@ -134,6 +135,19 @@ def change_channels(model: Trained, channels: int) -> tuple[Trained, str]:
     return model._replace(model=new, params=params), note
 
 
+def about_images(model: Trained) -> dict[str, Any]:
+    """What a file of arrays alone cannot say, for our own header of it."""
+    data, said = model.config.data, dict[str, Any]()
+    if model.family in FAMILIES:
+        said["family"] = model.family
+    if model.class_names != tuple(map(str, range(len(model.class_names)))):
+        said["class_names"] = model.class_names
+    if model.input_size:
+        said["input_size"] = model.input_size
+    said |= {"value_range": data.value_range, "eval_transform": data.eval_transform}
+    return said | {"posemb_resize": model.resize}
+
+
 def write(model: Trained, destination: Path, form: str, dtype: str) -> tuple[str, ...]:
     """Writes the model in a format; returns sentences about what its reader must know."""
     cfg, params = model.model.config, model.params
@@ -147,7 +161,7 @@ def write(model: Trained, destination: Path, form: str, dtype: str) -> tuple[str
     if form == "npz":
         return google.write(destination, cfg, params)
     if form == "timm":
-        return timm.write(destination, cfg, params)
+        return timm.write(destination, cfg, params, about_images(model))
     return huggingface.write(
         destination,
         cfg,

@@ -113,7 +113,11 @@ def _read(
             f"models assumed, --family=NAME says another way."
         )
     if timm.recognises(arrays):
-        said = _said(path, origin)
+        said, images = _said(path, origin), dict[str, Any]()
+        if family is None:
+            images = {name: said[name] for name in timm.IMAGES if name in said}
+            family = images.pop("family", "timm" if images else None)
+        said = {name: said[name] for name in timm.SAID if name in said}
         size, heads = said.pop("image_size", None), said.pop("num_heads", None)
         size, heads = image_size or size, num_heads or heads
         if pool:
@@ -122,7 +126,11 @@ def _read(
             arrays, path, config, origin, size, heads, family, pool, chosen.prefix
         )
         cfg = dataclasses.replace(found.cfg, **said)
-        return dataclasses.replace(found, cfg=cfg, notes=(*notes, *found.notes))
+        if len(images.get("class_names", ())) not in (0, cfg.num_classes):
+            raise UserError(
+                f"{path} has a header that does not fit its {cfg.num_classes} outputs"
+            )
+        return dataclasses.replace(found, cfg=cfg, notes=(*notes, *found.notes), **images)
     names = ", ".join(sorted(arrays)[:4])
     raise UserError(
         f"{path} has no Vision Transformer of a known family: it holds {len(arrays)} arrays "
@@ -136,10 +144,18 @@ def _said(path: Path, origin: str) -> dict[str, Any]:
         return {}
     try:
         said = json.loads(files.safetensors_metadata(path).get("vit_jax", "{}"))
-        said = {name: said[name] for name in timm.SAID if name in said}
-        if "image_size" in said:
-            height, width = said["image_size"]
-            said["image_size"] = (int(height), int(width))
+        said = {name: said[name] for name in (*timm.SAID, *timm.IMAGES) if name in said}
+        for name in ("image_size", "input_size"):
+            if name in said:
+                height, width = said[name]
+                said[name] = (int(height), int(width))
+        if "class_names" in said:
+            said["class_names"] = tuple(map(str, said["class_names"]))
+        for name in ("value_range", "eval_transform", "posemb_resize", "family"):
+            if not isinstance(said.get(name, ""), str):
+                raise ValueError(f"{name} is {said[name]!r}")
+        if said.get("family", "timm") not in FAMILIES:
+            raise ValueError(f"there is no family {said['family']!r}")
         return said
     except (ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path} has a header that vit_jax did not write: {error}") from error

@@ -435,12 +435,29 @@ def state_dict(cfg: ViTConfig, params: Params, class_row: bool = True) -> Arrays
 
 # What our own files say in the header about the network.
 SAID = ("num_heads", "gelu", "layer_norm_eps", "image_size", "pool", "class_token")
+# And about images and classes: fields of an `Imported`.
+IMAGES = (
+    "family",
+    "value_range",
+    "eval_transform",
+    "posemb_resize",
+    "input_size",
+    "class_names",
+)
 
 
-def write(path: Path, cfg: ViTConfig, params: Params) -> tuple[str, ...]:
+def write(
+    path: Path, cfg: ViTConfig, params: Params, images: dict[str, Any] | None = None
+) -> tuple[str, ...]:
     """Writes a `.safetensors` file with the state dict of a timm model.
 
     That is a `VisionTransformer`, a `VisionTransformerDistilled` or a `Beit`.
+
+    Args:
+      path: where to.
+      cfg: the model.
+      params: its parameters, one `encoderblock_i` a layer.
+      images: what `IMAGES` are, for the header, which nobody else reads.
 
     Returns:
       Sentences about what whoever reads the file has to know.
@@ -458,7 +475,7 @@ def write(path: Path, cfg: ViTConfig, params: Params) -> tuple[str, ...]:
             raise UserError(f"cannot write {path}: timm has no {what}")
     # timm's arrays say none of this; the header can, to us.
     said = {field: getattr(cfg, field) for field in SAID}
-    metadata = {"vit_jax": json.dumps(said)}
+    metadata = {"vit_jax": json.dumps(said | (images or {}))}
     files.write_safetensors(
         path, state_dict(cfg, params, class_row=not cfg.registers), metadata
     )
