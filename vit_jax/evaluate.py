@@ -280,7 +280,6 @@ def define_flags() -> None:
     flags.DEFINE_float(
         "threshold", 0.5, "Probability from which on a label counts, of several.", 0, 1
     )
-    flags.DEFINE_string("transform", None, "Preprocessing; the model's own unless given.")
     flags.DEFINE_integer("batch_size", None, "Examples at a time, over all devices.")
     flags.DEFINE_list("few_shot", None, "Images a class for least squares, e.g. 1,5,10.")
     flags.DEFINE_list("seeds", None, "Of the choice of these images; 0,1,2 unless given.")

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import config as configuration
-from vit_jax.data import mixing, pipeline, preprocess, sources
+from vit_jax.data import mixing, pipeline, preprocess, sources, value_ranges
 from vit_jax.data.decode import check_channels as check_decoded
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
@@ -201,8 +201,7 @@ def prepare_for_eval(config: ConfigDict) -> Prepare:
     value_range = config.data.value_range
     # What does not fit is found here, not when a program is compiled.
     check_decoded(config.data.channels, config.data.bits)
-    blank = jax.ShapeDtypeStruct((1, 1, 1, config.data.channels), np.uint8)
-    jax.eval_shape(lambda images: preprocess.normalize(images, value_range), blank)
+    value_ranges.parse(value_range, config.data.channels)
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
         # What an objective does not read of this costs nothing under jit.

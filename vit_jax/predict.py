@@ -37,7 +37,15 @@ def predict(
     mesh: Any,
     threshold: float | None = None,
 ) -> Iterator[Prediction | Unreadable]:
-    """Yields one result for each path, in order: `topk` classes, or all from `threshold` on.
+    """Yields one result for each path, in order.
+
+    Args:
+      model: the weights.
+      paths: of image files.
+      topk: how many classes, the most probable first; with a threshold at most so many.
+      batch_size: images at a time; None: the fastest.
+      mesh: the devices.
+      threshold: the least probability of a class that counts; None: whatever it is.
 
     Raises:
       UserError: the model has no classes.
@@ -53,8 +61,8 @@ def predict(
         if isinstance(row, Unreadable):
             yield row
         else:
-            best = np.argsort(-row, kind="stable")
-            best = best[:topk] if threshold is None else best[row[best] >= threshold]
+            order = np.argsort(-row, kind="stable")[:topk]
+            best = [k for k in order if threshold is None or row[k] >= threshold]
             yield Prediction(path, [(names[k], float(row[k])) for k in best])
 
 
@@ -63,8 +71,9 @@ def define_flags() -> None:
     flags.adopt_module_key_flags(trained)  # so that --help shows them
     flags.DEFINE_integer("topk", 5, "How many classes to show.", lower_bound=1)
     flags.DEFINE_float(
-        "threshold", None, "Show all classes from this probability on instead.", 0, 1
-    )
+        "threshold", None, "Show classes of at least this probability; 0.5 for several labels.",
+        lower_bound=0.0, upper_bound=1.0,
+    )  # fmt: skip
     flags.DEFINE_string("output", None, "Also write the predictions to this JSONL file.")
     flags.DEFINE_integer(
         "batch_size", None, "Images at a time, over all devices; the fastest unless given."
@@ -88,9 +97,13 @@ def main(positional: list[str]) -> None:
         if given.output:
             output = stack.enter_context(open_output(Path(given.output)))
         threshold = given.threshold
-        if threshold is None and model.config.data.multi_label:
+        threshold = given.threshold
+        if threshold is None and (model.multi_label or model.config.data.multi_label):
             threshold = 0.5
-        results = predict(model, paths, given.topk, batch_size, mesh, threshold)
+        topk = given.topk
+        if threshold is not None and not flags.FLAGS["topk"].present:
+            topk = len(model.class_names)
+        results = predict(model, paths, topk, batch_size, mesh, threshold)
         # Where results scroll by on the terminal they are the progress.
         hidden = True if sys.stdout.isatty() else None
         for result in tqdm(results, total=len(paths), unit="image", disable=hidden):
@@ -99,7 +112,7 @@ def main(positional: list[str]) -> None:
                 print(f"error: {result.reason}", file=sys.stderr)
                 continue
             shown = "  ".join(f"{name} {100 * p:.2f}%" for name, p in result.classes)
-            print(f"{result.path}: {shown or f'no class from {threshold:g} on'}")
+            print(f"{result.path}: {shown or f'no class of at least {100 * threshold:g}%'}")
             if output:
                 classes = [{"class": name, "probability": p} for name, p in result.classes]
                 record = {"image": result.path, "predictions": classes}

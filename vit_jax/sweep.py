@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from vit_jax import cli, experiment
+from vit_jax import cli, experiment, stated
 from vit_jax import config as configuration
 from vit_jax import train as trainer
 from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
 from vit_jax.processes import StopSignal
+from vit_jax.stated import Stated
 from vit_jax.training.reporting import Diverged
 
 # `config`: as given; `runs`: by name, what was tried and `metrics` or `failed`; `chosen`: a
@@ -274,9 +275,12 @@ def draw(runs: dict[str, Any], chosen: str, title: str, path: Path) -> None:
 
 
 def sweep(
-    config: ConfigDict, workdir: Path, overridden: Collection[str] = ()
+    config: ConfigDict,
+    workdir: Path,
+    overridden: Collection[str] = (),
+    said: Stated = stated.NOTHING,
 ) -> dict[str, Any] | None:
-    """Runs all that is not done yet.
+    """Runs all that is not done yet; `said` is about the weights of `config.init_from`.
 
     Returns:
       What `sweep.json` holds at the end, or None when stopped by a signal.
@@ -293,7 +297,7 @@ def sweep(
             if setting.name in record["runs"]:
                 continue
             print(f"\nrun {number} of {len(grid)}: {setting.name}", flush=True)
-            outcome = try_setting(config, setting, workdir, overridden, stop)
+            outcome = try_setting(config, setting, workdir, overridden, stop, said)
             if stop.requested:
                 return None
             record["runs"][setting.name] = {"lr": setting.lr, "steps": setting.steps} | outcome
@@ -308,8 +312,20 @@ def sweep(
         print(f"\n{name} on {config.data.eval_split}:\n{table(runs, chosen)}", flush=True)
         if config.sweep.train_split:
             setting = next(setting for setting in grid if setting.name == chosen)
-            train_final(config, setting, record, workdir, overridden, stop)
+            train_final(config, setting, record, workdir, overridden, stop, said)
     return None if stop.requested else record
+
+
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    overridden: Collection[str],
+    stop: StopSignal,
+    said: Stated,
+) -> dict[str, Any]:
+    """One run of `vit_jax.train`, told about its weights where there is anything to tell."""
+    told = {} if said == stated.NOTHING else {"said": said}
+    return trainer.train(config, workdir, overridden, stop, **told)
 
 
 def try_setting(
@@ -318,11 +334,12 @@ def try_setting(
     workdir: Path,
     overridden: Collection[str],
     stop: StopSignal,
+    said: Stated,
 ) -> dict[str, Any]:
     """Trains one point of the grid: its `metrics`, or why it `failed`."""
     try:
         run = setting.apply(config)
-        return {"metrics": trainer.train(run, workdir / setting.name, overridden, stop)}
+        return {"metrics": train(run, workdir / setting.name, overridden, stop, said)}
     except Diverged as error:
         print(f"{setting.name} failed: {error}")
         return {"failed": str(error)}
@@ -335,6 +352,7 @@ def train_final(
     workdir: Path,
     overridden: Collection[str],
     stop: StopSignal,
+    said: Stated,
 ) -> None:
     """Trains with the chosen values on all data, and puts the test result on record.
 
@@ -357,7 +375,8 @@ def train_final(
     record["final"] = plan
     write_record(record, workdir)
     print(f"\nfinal run: {setting.name} on {train_split}", flush=True)
-    metrics = trainer.train(final_config(config, setting), workdir / "final", overridden, stop)
+    config = final_config(config, setting)
+    metrics = train(config, workdir / "final", overridden, stop, said)
     if metrics:
         record["final"] = plan | {"metrics": metrics}
         write_record(record, workdir)
@@ -374,7 +393,7 @@ def define_flags() -> None:
 def main(positional: list[str]) -> None:
     cli.no_positional(positional)
     config, workdir, overridden = trainer.from_flags()
-    record = sweep(config, workdir, overridden)
+    record = sweep(config, workdir, overridden, stated.from_flags())
     if record is None:
         print(f"the sweep is stopped: run the same command to continue it in {workdir}")
         return
