@@ -1,8 +1,12 @@
 import json
+import sys
+import warnings
 
 import pytest
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
+from vit_jax import cli
 from vit_jax import config as configuration
 from vit_jax.config import get_config, set_duration, steps
 from vit_jax.errors import UserError
@@ -128,3 +132,76 @@ def test_the_model_of_weights_is_taken_but_for_what_a_run_decides():
     assert config.model.num_heads == 5
     assert (config.data.channels, config.data.value_range) == (3, "imagenet")
     assert config.data.threads == 16
+
+
+# --- The command line ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Parses `--config=FILE OVERRIDES` in a process of its own, as far as flags go."""
+    holder = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", holder)
+
+    def parse(body, *overrides):
+        path = tmp_path / "config.py"
+        path.write_text(
+            "from vit_jax import config as base\n\n"
+            "def get_config():\n    config = base.get_config()\n"
+            f"    {body}\n    return config\n"
+        )
+        argv = ["train", f"--config={path}", *overrides]
+        monkeypatch.setattr(sys, "argv", argv)
+        config_flags.DEFINE_config_file("config", None, "Configuration.", flag_values=holder)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # of ml_collections' loader
+            holder(argv)
+        return cli.config_from_flag()
+
+    return parse
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("model.variant", "Ti/4", "Ti/4"),
+        ("model.pool", "gap", "gap"),
+        ("data.channels", "1", 1),
+        ("data.value_range", "mean=0.1 std=0.2", "mean=0.1 std=0.2"),
+        ("optimizer.lr", "0.25", 0.25),
+        ("objective.loss", "sigmoid", "sigmoid"),
+        ("model.depth", "3", 3),
+    ],
+)
+def test_a_field_that_the_file_leaves_none_can_be_set(command, field, text, value):
+    config, overridden = command(f"config.{field} = None", f"--config.{field}={text}")
+    node, _, name = field.partition(".")
+    assert config[node][name] == value
+    assert overridden == [field]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("224", (224, 224)), ("(32, 8)", (32, 8)), ("(7,)", (7, 7))]
+)
+def test_one_number_is_a_square(command, text, size):
+    config, _ = command("pass", f"--config.image_size={text}")
+    assert config.image_size == size
+
+
+@pytest.mark.parametrize("text", ["(1, 2, 3)", "()", "(2.5, 3)"])
+def test_what_is_no_image_size(command, text):
+    with pytest.raises(UserError, match=r"image_size is .*write the edge of a square"):
+        command("pass", f"--config.image_size={text}")
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--config.lr=3", "--config.optimizer.lr?"),
+        ("--config.model.channels=1", "--config.data.channels?"),
+        ("--config.batchsize=1", "--config.batch_size?"),
+        ("--config.batch_size=1", ""),
+    ],
+)
+def test_a_field_in_another_place_is_found(given, meant):
+    assert cli._meant(["train", given]).endswith(meant)

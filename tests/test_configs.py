@@ -195,6 +195,8 @@ def test_the_paper_rows():
     assert i1k.batch_size == i21k.batch_size == 4096
     # The paper's 90 epochs of all 1,281,167 images in batches of 1024.
     assert configuration.steps(simple, "total", 1_281_167, simple.batch_size) == 112_603
+    # Their RandAugment, which at magnitude 10 inverts images in Solarize.
+    assert simple.data.train_transform.endswith("|randaugment(2, 10, quirks=True)")
 
 
 # --- Fine-tuning --------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """What every door does around its `main`: parse flags, and say errors in one sentence."""
 
+import difflib
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -31,7 +33,20 @@ def parse(argv: Sequence[str]) -> list[str]:
         message = str(error).replace("\\n", " ").replace("\\'", "'").replace("\n", " ")
         if message[:1] == message[-1:] and message[:1] in ("'", '"'):
             message = message[1:-1]
-        fail(f"a --config flag cannot be used: {message}")
+        hint = "" if "Did you mean" in message else _meant(argv)
+        fail(f"a --config flag cannot be used: {message}{hint}")
+
+
+def _meant(argv: Sequence[str]) -> str:
+    """A field that exists for the first on the command line that does not."""
+    known = configuration.flatten(configuration.to_dict(configuration.get_config()))
+    for name in re.findall(r"(?m)^--(?:no)?config\.([\w.]+)", "\n".join(argv)):
+        leaf = name.rpartition(".")[2]
+        same = [field for field in known if field.rpartition(".")[2] == leaf]
+        close = same or difflib.get_close_matches(name, known)
+        if name not in known and close:
+            return f" Did you mean --config.{close[0]}?"
+    return ""
 
 
 def run(main: Callable[[list[str]], None], define_flags: Callable[[], None]) -> None:
@@ -81,6 +96,7 @@ def config_from_flag() -> tuple[ConfigDict, list[str]]:
         raise UserError(f"--config={path} cannot be read: check the path") from error
     overridden = list(config_flags.get_override_values(flag))
     configuration.prefer_overrides(config, overridden)
+    configuration.square_image_size(config)
     return config, overridden
 
 

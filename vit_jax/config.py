@@ -10,7 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+from ml_collections.config_dict import FieldReference, placeholder
 
 from vit_jax.errors import UserError
 
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     """Returns the defaults: a ViT-B/16 on 224-pixel colour images, trained with Adam."""
     config = ConfigDict()
     config.seed = 0  # decides initialisation, data order, augmentation and dropout
-    config.image_size = (224, 224)  # height, width in pixels
+    config.image_size = (224, 224)  # height, width in pixels; of one number, a square
     config.batch_size = 1024  # examples in one update, over all devices and processes
     config.eval_batch_size = 1024
     config.accumulation = 1  # micro-batches that an update is computed in, to save memory
@@ -122,11 +122,18 @@ def get_config() -> ConfigDict:
     data.data_dir = placeholder(str)  # where tfds: finds prepared data sets
     data.train_split = "train"
     data.eval_split = "validation"
-    data.channels = 3  # 1: grey, 3: RGB
+    # Images with several labels, or none: auto | what stands between labels, such as ; or
+    # space; see data/multi_label.py. None: every image has one. Needs objective.loss="sigmoid".
+    data.multi_label = placeholder(str)
+    # 1: grey, 3: RGB; 2 or 4 with transparency, or any other number: of TIFF or .npy files
+    data.channels = 3
+    data.bits = 8  # of a level: 8 | 16 (kept where images have them)
     data.train_transform = "inception_crop(0.05, 1.0)|flip"  # see data/preprocess.py
     data.eval_transform = "resize"
     data.repeats = 1  # copies of an image in a batch, each augmented anew (DeiT: 3); 1: off
-    data.value_range = "inception"  # inception: [-1, 1] | imagenet: by mean and deviation
+    # inception: [-1, 1] | imagenet, openclip: by mean and deviation | mean=0.5,0.4,0.3
+    # std=0.2,0.2,0.2: by others, of pixels in [0, 1]; see data/value_ranges.py
+    data.value_range = "inception"
     data.mixup = 0.0  # alpha of the Beta distribution; 0: off
     data.cutmix = 0.0  # alpha of CutMix's Beta distribution; 0: off
     data.mix_probability = 1.0  # share of the batches that are mixed
@@ -174,7 +181,17 @@ def get_config() -> ConfigDict:
     sweep.steps = ()  # pairs (total_steps, optimizer.warmup_steps) to try
     sweep.train_split = placeholder(str)  # for the final run with the best; None: no final run
     sweep.test_split = placeholder(str)  # that the final run is evaluated on, once
-    return config.lock()
+    return _typed(config).lock()
+
+
+def _typed(config: ConfigDict) -> ConfigDict:
+    """Every field knows its type, so that one left None can be set on the command line."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            _typed(value)
+        elif value is not None:  # else it is a placeholder already
+            config[name] = FieldReference(value)
+    return config
 
 
 def _duration(config: ConfigDict, name: str, **value: float) -> None:
@@ -204,6 +221,20 @@ def set_duration(config: ConfigDict, name: str, **value: float) -> None:
         config[f"{name}_{unit}"] = float(value.pop(unit)) if unit in value else None
     if value:
         raise UserError(f"{name} has no unit {', '.join(value)}: use {', '.join(UNITS)}")
+
+
+def square_image_size(config: ConfigDict) -> None:
+    """Makes one number in `image_size`, as in `--config.image_size=224`, a square.
+
+    Raises:
+      UserError: it is neither one whole number nor two.
+    """
+    size = config.image_size
+    if len(size) not in (1, 2) or not all(type(edge) is int for edge in size):
+        raise UserError(
+            f"image_size is {size}: write the edge of a square, 224, or (height, width)"
+        )
+    config.image_size = (size[0], size[-1])
 
 
 def prefer_overrides(config: ConfigDict, overridden: list[str]) -> None:

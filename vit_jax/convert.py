@@ -1,7 +1,7 @@
 """Converts weights between formats, sizes and numbers of classes.
 
   python -m vit_jax.convert SOURCE DESTINATION [--format=npz|hf|timm|vit_jax]
-      [--image_size=384 or 224x448] [--num_classes=10] [--dtype=bfloat16]
+      [--image_size=384 or 224x448] [--num_classes=10] [--channels=1] [--dtype=bfloat16]
 
 SOURCE is a work directory, a file or folder of weights (Google's .npz, big_vision's, Hugging
 Face's, timm's, PyTorch's), recognised by what is in it, or a name such as `augreg:B_16`,
@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vit_jax import cli, trained
+from vit_jax import cli, stated, trained
 from vit_jax.atomic import replacing
-from vit_jax.data import preprocess
+from vit_jax.data import preprocess, value_ranges
 from vit_jax.errors import UserError
 from vit_jax.interop import google, huggingface, positions, timm
+from vit_jax.interop.channels import adapt_first
+from vit_jax.interop.families import FAMILIES
 from vit_jax.models import registry, vit
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.model import count_parameters
@@ -45,6 +47,8 @@ def describe(model: Trained) -> str:
         shape += f", {cfg.num_heads} heads"
     if isinstance(cfg, ResNetConfig):
         shape = f"stages of {cfg.resnet} units, {cfg.resnet_width} times as wide as ResNet-50"
+    if model.input_size:
+        images += ", prepared at {}x{} as published".format(*model.input_size)
     lines = [
         f"family     {model.family}",
         f"variant    {registry.variant_name(cfg) or 'of its own'}: {shape}",
@@ -57,10 +61,7 @@ def describe(model: Trained) -> str:
 
 def parse_size(text: str) -> tuple[int, int]:
     """`384` or `224x448` (height x width) as (height, width) in pixels."""
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(part.isdigit() for part in parts):
-        raise UserError(f"--image_size={text} does not read as a size: write 384 or 224x448")
-    return int(parts[0]), int(parts[-1])
+    return stated.parse_size("image_size", text)
 
 
 def resize(model: Trained, size: tuple[int, int], method: str) -> tuple[Trained, list[str]]:
@@ -75,7 +76,8 @@ def resize(model: Trained, size: tuple[int, int], method: str) -> tuple[Trained,
             "--image_size: a Mixer is tied to the image size that it was trained at"
         )
     new = dataclasses.replace(old, image_size=size)
-    transform = preprocess.rescale(model.config.data.eval_transform, old.image_size, size)
+    before = model.input_size or old.image_size  # that the transform ends in
+    transform = preprocess.rescale(model.config.data.eval_transform, before, size)
     changes = []
     if transform != model.config.data.eval_transform:
         changes.append(f"evaluation transform: {transform}")
@@ -87,7 +89,8 @@ def resize(model: Trained, size: tuple[int, int], method: str) -> tuple[Trained,
         params = vit.stack_layers(params) if old.scan else params
         sizes = " to ".join(f"{rows}x{columns}" for rows, columns in (old.grid, new.grid))
         changes.append(f"position embeddings from {sizes} patches ({method})")
-    return model._replace(model=registry.build(new), params=params), changes
+    model = model._replace(model=registry.build(new), params=params, input_size=None)
+    return model, changes
 
 
 def replace_head(model: Trained, num_classes: int) -> tuple[Trained, str]:
@@ -112,6 +115,39 @@ def replace_head(model: Trained, num_classes: int) -> tuple[Trained, str]:
     return model, f"head: zero-initialised, {num_classes} classes"
 
 
+def change_channels(model: Trained, channels: int) -> tuple[Trained, str]:
+    """The model for images of another number of channels: see `interop.channels`.
+
+    Raises:
+      UserError: it cannot have so many.
+    """
+    old = model.model.config
+    if channels < 1:
+        raise UserError(f"--channels={channels}: use 1 or more")
+    if channels == old.channels:
+        return model, f"channels: {channels} already"
+    params, note = adapt_first(model.params, old.channels, channels)
+    data = model.config.data
+    data.channels = channels
+    data.value_range = value_ranges.for_channels(data.value_range, channels)
+    new = registry.build(dataclasses.replace(old, channels=channels))
+    note += f", value range {data.value_range}"
+    return model._replace(model=new, params=params), note
+
+
+def about_images(model: Trained) -> dict[str, Any]:
+    """What a file of arrays alone cannot say, for our own header of it."""
+    data, said = model.config.data, dict[str, Any]()
+    if model.family in FAMILIES:
+        said["family"] = model.family
+    if model.class_names != tuple(map(str, range(len(model.class_names)))):
+        said["class_names"] = model.class_names
+    if model.input_size:
+        said["input_size"] = model.input_size
+    said |= {"value_range": data.value_range, "eval_transform": data.eval_transform}
+    return said | {"posemb_resize": model.resize}
+
+
 def write(model: Trained, destination: Path, form: str, dtype: str) -> tuple[str, ...]:
     """Writes the model in a format; returns sentences about what its reader must know."""
     cfg, params = model.model.config, model.params
@@ -125,7 +161,7 @@ def write(model: Trained, destination: Path, form: str, dtype: str) -> tuple[str
     if form == "npz":
         return google.write(destination, cfg, params)
     if form == "timm":
-        return timm.write(destination, cfg, params)
+        return timm.write(destination, cfg, params, about_images(model))
     return huggingface.write(
         destination,
         cfg,
@@ -133,6 +169,8 @@ def write(model: Trained, destination: Path, form: str, dtype: str) -> tuple[str
         class_names=model.class_names,
         value_range=model.config.data.value_range,
         eval_transform=model.config.data.eval_transform,
+        input_size=model.input_size,
+        multi_label=model.multi_label,
     )
 
 
@@ -152,6 +190,8 @@ def choose_format(given: str | None, destination: Path) -> str:
 
 
 def define_flags() -> None:
+    stated.define_flags()
+    flags.adopt_module_key_flags(stated)
     flags.DEFINE_string("step", "last", "Of a work directory: last, best or a step number.")
     flags.DEFINE_string("format", None, f"One of {', '.join(FORMATS)}; else by the ending.")
     flags.DEFINE_string(
@@ -159,6 +199,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("resize", None, "How to resize positions; else as the family does.")
     flags.DEFINE_integer("num_classes", None, "New head for so many classes; 0: no head.")
+    flags.DEFINE_integer("channels", None, "New number of input channels, as timm adapts them.")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16", "float16"], "Of the arrays.")
     flags.DEFINE_bool("force", False, "Replace DESTINATION if it exists.")
 
@@ -171,12 +212,18 @@ def main(positional: list[str]) -> None:
     form = choose_format(given.format, destination)
     if destination.exists() and not given.force:  # before anything is fetched
         raise UserError(f"{destination} exists: pass --force to replace it")
-    model = trained.load_any(positional[0], given.step, mesh=None)
+    said = stated.from_flags()
+    model = trained.load_any(positional[0], given.step, None, said, as_stored=True)
     print(describe(model))
     changes: list[str] = []
-    if given.image_size:
-        size = parse_size(given.image_size)
+    size = parse_size(given.image_size) if given.image_size else None
+    if form == "vit_jax":  # which has one size for positions and images
+        size = size or model.input_size
+    if size:
         model, changes = resize(model, size, given.resize or model.resize)
+    if given.channels is not None:
+        model, change = change_channels(model, given.channels)
+        changes.append(change)
     if given.num_classes is not None:
         model, change = replace_head(model, given.num_classes)
         changes.append(change)

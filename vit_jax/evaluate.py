@@ -5,6 +5,16 @@ appends them to DIR/evaluations.jsonl. Without further flags that is the data se
 that training evaluated on. `--checkpoint=PATH_OR_NAME --data=SOURCE` evaluates published
 weights, with the preprocessing of their family.
 
+Classes of the data and outputs of the model are matched by name, whatever their order, and the
+data may have some of the model's classes only: the other outputs are left out then, as it is
+done on ImageNet-A and ImageNet-R. Where names say nothing ("n01440764" and "tench"), the order
+counts, and a note says so. --classes says which output is which class, --class_names what the
+outputs are called.
+
+Of images with several labels (`data.multi_label`, or --multi_label for published weights),
+mean average precision stands in place of accuracy, with that of each class, and precision,
+recall and F1 of all labels together at --threshold.
+
 How good the representation is without fine-tuning, of any model (one without a head too) and
 on data of any classes:
 
@@ -38,24 +48,45 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from vit_jax import cache, cli, experiment, processes, trained
+from vit_jax import cache, cli, experiment, inference, processes, trained
 from vit_jax.data import pipeline
+from vit_jax.data.classes import Mismatch, as_classes, chosen, match, read_names, some
 from vit_jax.errors import UserError
-from vit_jax.objectives.classification import Classification
-from vit_jax.training import probes, sharding
+from vit_jax.models.model import Model
+from vit_jax.training import probes, ranking, sharding
 from vit_jax.training.evaluate import evaluate
+from vit_jax.training.ranking import Ranking
 from vit_jax.training.step import make_eval_step
 
 
 def evaluate_trained(
-    model: trained.Trained, source: Any, batch_size: int, mesh: jax.sharding.Mesh
+    model: trained.Trained,
+    source: Any,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    outputs: tuple[int, ...] | None = None,
+    tell_ranking: Callable[[Ranking], object] = lambda ranking: None,
 ) -> dict[str, float]:
-    """Returns `accuracy`, `loss` (nats, without label smoothing) and `count`."""
-    config = model.config
-    objective = Classification(model.model, config.objective.loss)
-    step = jax.jit(make_eval_step(objective, experiment.prepare_for_eval(config)))
+    """Returns `accuracy`, `loss` (nats, without label smoothing) and `count`.
+
+    Where images have several labels, `mAP` (mean average precision) and `exact_match` stand in
+    place of accuracy, and `tell_ranking` is called with the scores that they rest on.
+    `outputs` has for each class of `source` the output of the model that it is; None: the same
+    classes in the same order. Outputs that are no class of `source` do not take part.
+    """
+    config = model.config.copy_and_resolve_references()
+    config.objective.label_smoothing = 0.0
+    network = model.model if outputs is None else with_outputs(model.model, outputs)
+    objective = experiment.classify(config, network)
+    # Whole in every process, which scores of examples would not be otherwise.
+    step = jax.jit(
+        make_eval_step(objective, experiment.prepare_for_eval(config)),
+        out_shardings=sharding.replicated(mesh),
+    )
     averages = _over_batches(
-        lambda batches: evaluate(lambda batch: step(model.params, {}, batch), batches),
+        lambda batches: evaluate(
+            lambda batch: step(model.params, {}, batch), batches, tell_ranking=tell_ranking
+        ),
         model,
         source,
         batch_size,
@@ -63,6 +94,18 @@ def evaluate_trained(
     )
     assert averages is not None  # nothing told it to stop
     return averages
+
+
+def with_outputs(model: Model, outputs: tuple[int, ...]) -> Model:
+    """The same network, whose logits are those of `outputs`, in this order."""
+    if outputs == tuple(range(model.config.num_classes)):
+        return model
+
+    def apply(*arguments: Any, **options: Any) -> Any:
+        logits, out = model.apply(*arguments, **options)
+        return logits[..., np.array(outputs)], out
+
+    return model._replace(apply=apply)
 
 
 def _over_batches(
@@ -149,11 +192,13 @@ def run_probes(
     Raises:
       UserError: the two sources have different classes, or a probe cannot be fitted.
     """
-    if train.class_names != test.class_names:
+    same = as_classes(test, train.class_names)
+    if same is None or len(train.class_names) != len(test.class_names):
         raise UserError(
-            f"the training split has the classes {_some(train.class_names)}, the test split "
-            f"{_some(test.class_names)}: use splits of the same classes"
+            f"the training split has the classes {some(train.class_names)}, the test split "
+            f"{some(test.class_names)}: use splits of the same classes"
         )
+    test = same
     classes, results = len(test.class_names), dict[str, Any]()
     prepare = experiment.prepare_for_eval(model.config)
     step = probes.make_feature_step(model.model, prepare, mesh)
@@ -223,7 +268,18 @@ def define_flags() -> None:
     flags.DEFINE_string("data", None, "Data source; that of training unless given.")
     flags.DEFINE_string("data_dir", None, "Where tfds: finds prepared data sets.")
     flags.DEFINE_string("split", None, "Split; that of training unless given.")
-    flags.DEFINE_string("transform", None, "Preprocessing; the model's own unless given.")
+    flags.DEFINE_string(
+        "classes", None,
+        "Which output each class of the data is, in their order: names or numbers, with commas "
+        "between, or a file of one a line. By name unless given.",
+    )  # fmt: skip
+    flags.DEFINE_string("class_names", None, "What the outputs are called: a file, one a line.")
+    flags.DEFINE_string(
+        "multi_label", None, "Images have several labels: as config.data.multi_label."
+    )
+    flags.DEFINE_float(
+        "threshold", 0.5, "Probability from which on a label counts, of several.", 0, 1
+    )
     flags.DEFINE_integer("batch_size", None, "Examples at a time, over all devices.")
     flags.DEFINE_list("few_shot", None, "Images a class for least squares, e.g. 1,5,10.")
     flags.DEFINE_list("seeds", None, "Of the choice of these images; 0,1,2 unless given.")
@@ -251,6 +307,8 @@ def evaluate_as_told() -> None:
     cache.keep_compiled_programs()
     mesh = sharding.make_mesh()
     model = trained.from_flags(mesh)
+    if given.class_names:
+        model = model._replace(class_names=named_outputs(model, given.class_names))
     config = model.config
     for flag in ("data", "train_split") if asked.any else ("data",):
         if model.family != "vit_jax" and not given[flag].value:
@@ -263,6 +321,13 @@ def evaluate_as_told() -> None:
     config.data.eval_split = given.split or config.data.eval_split
     config.data.train_split = given.train_split or config.data.train_split
     config.data.eval_transform = given.transform or config.data.eval_transform
+    if given.multi_label:
+        config.data.multi_label, config.objective.loss = given.multi_label, "sigmoid"
+    if asked.any and config.data.multi_label:
+        raise UserError(
+            "probes (--few_shot, --knn, --linear_probe) need one label of each image, but here "
+            "images have several: leave them out"
+        )
     batch_size = config.eval_batch_size if given.batch_size is None else given.batch_size
     sharding.check_batch_size("--batch_size", batch_size, mesh)
     source = experiment.open_source(config, config.data.eval_split)
@@ -274,13 +339,21 @@ def evaluate_as_told() -> None:
         "data": config.data.source,
         "split": config.data.eval_split,
     }
-    if head_fits(model, source.class_names, config.data.source, asked.any):
-        averages = evaluate_trained(model, source, batch_size, mesh)
-        save(record | averages)
+    fits = head_fits(model, source.class_names, config.data.source, asked.any, given.classes)
+    if fits is not None:
+        if note := inference.head_note(model):
+            print(f"note: {note}", file=sys.stderr)
+        rankings: list[Ranking] = []
+        averages = evaluate_trained(model, source, batch_size, mesh, fits, rankings.append)
+        several = describe_ranking(rankings, source.class_names, given.threshold)
+        save(record | averages | several)
+        name = "mAP" if rankings else "accuracy"
         say(
-            f"accuracy {averages['accuracy']:.4f}  loss {averages['loss']:.4f}  count "
+            f"{name} {averages[name]:.4f}  loss {averages['loss']:.4f}  count "
             f"{averages['count']}  ({record['data']} {record['split']}, step {model.step})"
         )
+        if several:
+            say(ranking_table(several, averages["exact_match"]))
     if asked.any:
         results = run_probes(model, train_source, source, asked, batch_size, mesh)
         split = {"train_split": config.data.train_split, "count": len(source)}
@@ -291,6 +364,37 @@ def evaluate_as_told() -> None:
             f"{split['train_split']}, measured on the {split['count']} of {record['split']}"
         )
         say(table(results, asked))
+
+
+def describe_ranking(
+    rankings: list[Ranking], names: tuple[str, ...], threshold: float
+) -> dict[str, Any]:
+    """Average precision of each class (null: no image has it), and what a threshold gives."""
+    if not rankings:
+        return {}
+    [ranked] = rankings
+    each = [None if np.isnan(x) else float(x) for x in ranking.average_precisions(ranked)]
+    return {
+        "average_precision": dict(zip(names, each, strict=True)),
+        "images": dict(zip(names, ranked.there.sum(axis=0).tolist(), strict=True)),
+        "threshold": threshold,
+        **ranking.at_threshold(ranked, threshold)._asdict(),
+    }
+
+
+def ranking_table(found: dict[str, Any], exact_match: float) -> str:
+    """A line for each class, and one for the threshold."""
+    width = max(map(len, (*found["images"], "class")))
+    lines = [f"{'class':{width}}  AP      images"]
+    for name, value in found["average_precision"].items():
+        shown = "-     " if value is None else f"{value:.4f}"
+        lines.append(f"{name:{width}}  {shown}  {found['images'][name]:,}")
+    rates = "  ".join(f"{name} {found[name]:.4f}" for name in ("precision", "recall", "f1"))
+    lines.append(
+        f"at threshold {found['threshold']:g}: {rates}; all labels right of {exact_match:.4f} "
+        f"at 0.5"
+    )
+    return "\n".join(lines)
 
 
 def say(message: str) -> None:
@@ -305,44 +409,50 @@ def save(record: dict[str, Any]) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def head_fits(
-    model: trained.Trained, found: tuple[str, ...], where: str, probing: bool
-) -> bool:
-    """Whether the model's own head can be evaluated on data of the classes `found`.
+def named_outputs(model: trained.Trained, given: str) -> tuple[str, ...]:
+    """The names that --class_names lists, one for each output. Raises UserError."""
+    names = read_names("class_names", given)
+    if len(names) != len(model.class_names):
+        raise UserError(
+            f"--class_names={given} has {len(names)} names, but the model has "
+            f"{len(model.class_names)} outputs: give one for each"
+        )
+    return names
 
-    Of published weights only the number of classes is compared. Their names are rarely those
-    of a data set ("tabby, tabby cat" against "n02123045"), so there the order is taken on
-    trust, and said to be.
+
+def head_fits(
+    model: trained.Trained,
+    found: tuple[str, ...],
+    where: str,
+    probing: bool,
+    given: str | None = None,
+) -> tuple[int, ...] | None:
+    """The output of the model that each of the classes `found` is, if its head fits them.
+
+    `given` is what --classes says of that. Of published weights whose names say nothing about
+    those of the data, the order of the classes is taken on trust, and said to be.
 
     Raises:
-      UserError: it cannot, and nothing else is to be done.
+      UserError: it does not fit, and nothing else is to be done.
     """
-    if found == model.class_names:
-        return True
-    if not model.class_names:
-        problem = "the model has no head"
-        remedy = "probe its representation with --few_shot=5, --knn=20 or --linear_probe"
-    elif model.family == "vit_jax" or len(found) != len(model.class_names):
-        problem = (
-            f"{where} has the classes {_some(found)}, but the model was trained on "
-            f"{_some(model.class_names)}"
-        )
-        remedy = "evaluate on data with the same classes"
-    else:
-        print(
-            f"note: class names differ ({found[0]!r} in the data, {model.class_names[0]!r} in "
-            f"the model): their order is taken to be the same"
-        )
-        return True
-    if not probing:
-        raise UserError(f"{problem}: {remedy}")
-    print(f"note: {problem}, so only the probes are run", file=sys.stderr)
-    return False
-
-
-def _some(names: tuple[str, ...]) -> str:
-    shown = ", ".join(names[:5])
-    return f"[{shown}{', ...' if len(names) > 5 else ''}] ({len(names)})"
+    try:
+        if not model.class_names:
+            raise Mismatch(
+                "the model has no head: probe its representation with --few_shot=5, --knn=20 "
+                "or --linear_probe"
+            )
+        if given:
+            return chosen(given, model.class_names, found).outputs
+        matched = match(model.class_names, found, where, model.family != "vit_jax")
+    except Mismatch as error:
+        if not probing:
+            raise
+        problem = str(error).partition(": ")[0]
+        print(f"note: {problem}, so only the probes are run", file=sys.stderr)
+        return None
+    if matched.note:
+        say(f"note: {matched.note}")
+    return matched.outputs
 
 
 if __name__ == "__main__":

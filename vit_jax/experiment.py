@@ -5,12 +5,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vit_jax import config as configuration
-from vit_jax.data import mixing, pipeline, preprocess, sources
+from vit_jax.data import mixing, pipeline, preprocess, sources, value_ranges
+from vit_jax.data.decode import check_channels as check_decoded
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 from vit_jax.models import registry
@@ -18,6 +20,7 @@ from vit_jax.models.model import Model
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives.classification import Classification
 from vit_jax.objectives.masked_patches import MaskedPatches
+from vit_jax.objectives.multi_label import MultiLabel
 from vit_jax.training import probes, sharding
 from vit_jax.training.optimizer import Schedule, make_optimizer, make_schedule
 from vit_jax.training.step import (
@@ -29,7 +32,7 @@ from vit_jax.training.step import (
     make_train_step,
 )
 
-Objective = Classification | MaskedPatches
+Objective = Classification | MultiLabel | MaskedPatches
 OBJECTIVES = ("classification", "masked_patches")
 
 
@@ -86,14 +89,31 @@ def build_objective(
             f"objective.name is {objective.name!r}: use one of {', '.join(OBJECTIVES)}"
         )
     if objective.name == "classification":
-        model = build_model(config, num_classes, build)
-        return Classification(model, objective.loss, objective.label_smoothing)
+        return classify(config, build_model(config, num_classes, build))
     if build_mixing(config).mixes:
         raise UserError(
             f"data.mixup is {config.data.mixup} and data.cutmix {config.data.cutmix}, which "
             f"mix labels, but objective.name={objective.name!r} has none: set both to 0"
         )
     return MaskedPatches(build_model(config, 0, build), objective.target, objective.mask_ratio)
+
+
+def classify(config: ConfigDict, model: Model) -> Classification | MultiLabel:
+    """Learning, or measuring, of labels by the logits of `model`. Raises UserError."""
+    objective, several = config.objective, config.data.multi_label
+    if not several:
+        return Classification(model, objective.loss, objective.label_smoothing)
+    if objective.loss != "sigmoid" or objective.label_smoothing:
+        field, value, need = (
+            ("label_smoothing", objective.label_smoothing, 0)
+            if objective.loss == "sigmoid"
+            else ("loss", objective.loss, "sigmoid")
+        )
+        raise UserError(
+            f"data.multi_label is {several!r}, so that images have several labels, but "
+            f"objective.{field} is {value!r}: set objective.{field}={need}"
+        )
+    return MultiLabel(model)
 
 
 def build_mixing(config: ConfigDict) -> mixing.Mixing:
@@ -125,7 +145,14 @@ def build_schedule(config: ConfigDict, examples: int) -> Schedule:
 
 
 def open_source(config: ConfigDict, split: str) -> sources.Source:
-    return sources.load(config.data.source, split, config.data.data_dir)
+    """Raises UserError if it cannot be opened, or holds nothing."""
+    data = config.data
+    source = sources.load(data.source, split, data.data_dir, data.multi_label)
+    if len(source) == 0:
+        raise UserError(
+            f"split {split!r} of {config.data.source} holds no images: choose another split"
+        )
+    return source
 
 
 def eval_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, Any]:
@@ -135,7 +162,7 @@ def eval_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, Any
     """
     data = config.data
     return {
-        "transform": preprocess.parse_transform(data.eval_transform, tuple(config.image_size)),
+        "transform": _transform(config, data.eval_transform),
         "channels": data.channels,
         **_reading(data, mesh),
     }
@@ -145,7 +172,7 @@ def train_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, An
     """How `data.pipeline.train_batches` shall read for this configuration; see above."""
     data = config.data
     return {
-        "transform": preprocess.parse_transform(data.train_transform, tuple(config.image_size)),
+        "transform": _transform(config, data.train_transform),
         "channels": data.channels,
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -154,11 +181,18 @@ def train_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, An
     }
 
 
+def _transform(config: ConfigDict, spec: str) -> preprocess.Transform:
+    transform = preprocess.parse_transform(spec, tuple(config.image_size))
+    preprocess.check_channels(transform, config.data.channels, config.data.bits)
+    return transform
+
+
 def _reading(data: ConfigDict, mesh: Mesh | None) -> dict[str, Any]:
     if not 0 <= data.max_bad < 1:
         raise UserError(f"data.max_bad is {data.max_bad}: use a share of at least 0, below 1")
     parts, part_count = sharding.batch_parts(mesh) if mesh else ((0,), 1)
     return {
+        "bits": data.bits,
         "max_bad": data.max_bad,
         "parts": parts,
         "part_count": part_count,
@@ -170,10 +204,15 @@ def _reading(data: ConfigDict, mesh: Mesh | None) -> dict[str, Any]:
 def prepare_for_eval(config: ConfigDict) -> Prepare:
     """uint8 images to the range that the model expects, on the device."""
     value_range = config.data.value_range
+    # What does not fit is found here, not when a program is compiled.
+    check_decoded(config.data.channels, config.data.bits)
+    value_ranges.parse(value_range, config.data.channels)
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
         # What an objective does not read of this costs nothing under jit.
         pixels = batch["image"]
+        if pixels.dtype == jnp.uint16:  # as levels of 0 .. 255, with what lies between
+            pixels = pixels.astype(jnp.float32) / 257
         return {**batch, "image": preprocess.normalize(pixels, value_range), "pixels": pixels}
 
     return prepare
@@ -187,7 +226,9 @@ def prepare_for_training(config: ConfigDict, num_classes: int) -> Prepare:
         batch = normalize(batch, key)
         if not how.mixes:
             return batch
-        targets = jax.nn.one_hot(batch["label"], num_classes)
+        targets = batch.get("targets")
+        if targets is None:
+            targets = jax.nn.one_hot(batch["label"], num_classes)
         images, targets = mixing.mix(key, batch["image"], targets, how)
         return {**batch, "image": images, "targets": targets}
 
@@ -268,6 +309,11 @@ def build_few_shot(
     The images are chosen when it is called first, from the labels of all of `source`.
     """
     shots, classes = tuple(config.few_shot.shots), len(source.class_names)
+    if shots and config.data.multi_label:
+        raise UserError(
+            f"few_shot.shots is {shots}, but it needs one label of each image, and "
+            f"data.multi_label is {config.data.multi_label!r}: set few_shot.shots=()"
+        )
     step = probes.make_feature_step(model, prepare_for_eval(config), mesh)
     chosen: list[probes.Subsets] = []
 

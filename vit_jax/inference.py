@@ -13,9 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax import experiment
-from vit_jax.data import preprocess
+from vit_jax.data import files, preprocess
 from vit_jax.data.decode import decode
-from vit_jax.data.folder import EXTENSIONS
 from vit_jax.errors import UserError
 from vit_jax.trained import Trained
 from vit_jax.training import sharding
@@ -33,21 +32,35 @@ class Unreadable(NamedTuple):
 def find_images(paths: list[str]) -> list[str]:
     """Files as given, folders as the sorted image files in them, nested ones too.
 
+    Hidden files in folders are passed over, as they are in training.
+
     Raises:
       UserError: a path does not exist, or a folder holds no image.
     """
     found: list[str] = []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS)
-            if not inside:
+            inside = files.search(path, "", {})
+            if not inside.files():
                 raise UserError(f"the folder {path} holds no images: pass a folder that does")
-            found += map(str, inside)
+            files.tell_of_passed(path, files.passed_over(inside))
+            found += map(str, sorted(path / name for name in inside.files()))
         elif path.exists():
             found.append(str(path))
         else:
             raise UserError(f"there is no file or folder {path}: check the path")
     return found
+
+
+def head_note(model: Trained) -> str:
+    """A sentence on a head that knows nothing, as in Google's files of ImageNet-21k, or ""."""
+    heads = [model.params[name] for name in ("head", "head_dist") if name in model.params]
+    if not heads or any(np.asarray(x).any() for x in jax.tree.leaves(heads)):
+        return ""
+    return (
+        "the model's head is all zeros, so that every class is as probable as any other: "
+        "fine-tune it, or use its representation (vit_jax.embed, vit_jax.evaluate --knn=20)"
+    )
 
 
 def check_batch_size(given: int | None, mesh: Mesh) -> int | None:
@@ -91,13 +104,15 @@ def choose_batch_size(run: Callable[[int], object], images: int, mesh: Mesh) -> 
 
 
 def _read(paths: list[str], config: Any) -> Generator[np.ndarray | Unreadable, None, None]:
-    """Decodes and transforms ahead of the reader, in order; (H, W, C) uint8 each."""
+    """Decodes and transforms ahead of the reader, in order; (H, W, C) uint8 or uint16 each."""
     size, channels = tuple(config.image_size), config.data.channels
+    bits = config.data.bits
     transform = preprocess.parse_transform(config.data.eval_transform, size)
+    preprocess.check_channels(transform, channels, bits)
 
     def read(path: str) -> np.ndarray | Unreadable:
         try:
-            image = transform(decode({"image": path, "name": path}, channels), None)
+            image = transform.of(decode({"image": path, "name": path}, channels, bits), path)
             return np.asarray(image).reshape(*size, channels)
         except UserError as error:
             return Unreadable(path, str(error))
@@ -131,7 +146,8 @@ def apply_to_images(
     shape = (*model.config.image_size, model.config.data.channels)
 
     def rehearse(size: int) -> None:
-        blank = sharding.put_batch({"image": np.zeros((size, *shape), np.uint8)}, mesh)
+        dtype = np.uint8 if model.config.data.bits == 8 else np.uint16
+        blank = sharding.put_batch({"image": np.zeros((size, *shape), dtype)}, mesh)
         jax.block_until_ready(compute(model.params, blank["image"]))
 
     size = batch_size or choose_batch_size(rehearse, len(paths), mesh)

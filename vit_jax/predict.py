@@ -1,8 +1,9 @@
 """Classifies images: `python -m vit_jax.predict --workdir=DIR IMAGE_OR_FOLDER ...`.
 
-Prints the most probable classes of each image, and with --output=FILE.jsonl writes them as
-one JSON object a line. Folders are searched for images, nested ones too. An image that cannot
-be read is reported and skipped, and makes the exit code 1.
+Prints the most probable classes of each image, or those from --threshold on, which is 0.5 for
+a model that was trained on images with several labels; and with --output=FILE.jsonl writes them
+as one JSON object a line. Folders are searched for images, nested ones too. An image that
+cannot be read is reported and skipped, and makes the exit code 1.
 """
 
 import contextlib
@@ -29,9 +30,22 @@ class Prediction(NamedTuple):
 
 
 def predict(
-    model: trained.Trained, paths: list[str], topk: int, batch_size: int | None, mesh: Any
+    model: trained.Trained,
+    paths: list[str],
+    topk: int,
+    batch_size: int | None,
+    mesh: Any,
+    threshold: float | None = None,
 ) -> Iterator[Prediction | Unreadable]:
     """Yields one result for each path, in order.
+
+    Args:
+      model: the weights.
+      paths: of image files.
+      topk: how many classes, the most probable first; with a threshold at most so many.
+      batch_size: images at a time; None: the fastest.
+      mesh: the devices.
+      threshold: the least probability of a class that counts; None: whatever it is.
 
     Raises:
       UserError: the model has no classes.
@@ -47,7 +61,8 @@ def predict(
         if isinstance(row, Unreadable):
             yield row
         else:
-            best = np.argsort(-row, kind="stable")[:topk]
+            order = np.argsort(-row, kind="stable")[:topk]
+            best = [k for k in order if threshold is None or row[k] >= threshold]
             yield Prediction(path, [(names[k], float(row[k])) for k in best])
 
 
@@ -55,6 +70,10 @@ def define_flags() -> None:
     trained.define_flags()
     flags.adopt_module_key_flags(trained)  # so that --help shows them
     flags.DEFINE_integer("topk", 5, "How many classes to show.", lower_bound=1)
+    flags.DEFINE_float(
+        "threshold", None, "Show classes of at least this probability; 0.5 for several labels.",
+        lower_bound=0.0, upper_bound=1.0,
+    )  # fmt: skip
     flags.DEFINE_string("output", None, "Also write the predictions to this JSONL file.")
     flags.DEFINE_integer(
         "batch_size", None, "Images at a time, over all devices; the fastest unless given."
@@ -70,12 +89,21 @@ def main(positional: list[str]) -> None:
     paths = inference.find_images(positional)
     batch_size = inference.check_batch_size(given.batch_size, mesh)
     model = trained.from_flags(mesh)
+    if note := inference.head_note(model):
+        print(f"note: {note}", file=sys.stderr)
     failures = 0
     with contextlib.ExitStack() as stack:
         output = None
         if given.output:
             output = stack.enter_context(open_output(Path(given.output)))
-        results = predict(model, paths, given.topk, batch_size, mesh)
+        threshold = given.threshold
+        threshold = given.threshold
+        if threshold is None and (model.multi_label or model.config.data.multi_label):
+            threshold = 0.5
+        topk = given.topk
+        if threshold is not None and not flags.FLAGS["topk"].present:
+            topk = len(model.class_names)
+        results = predict(model, paths, topk, batch_size, mesh, threshold)
         # Where results scroll by on the terminal they are the progress.
         hidden = True if sys.stdout.isatty() else None
         for result in tqdm(results, total=len(paths), unit="image", disable=hidden):
@@ -84,7 +112,7 @@ def main(positional: list[str]) -> None:
                 print(f"error: {result.reason}", file=sys.stderr)
                 continue
             shown = "  ".join(f"{name} {100 * p:.2f}%" for name, p in result.classes)
-            print(f"{result.path}: {shown}")
+            print(f"{result.path}: {shown or f'no class of at least {100 * threshold:g}%'}")
             if output:
                 classes = [{"class": name, "probability": p} for name, p in result.classes]
                 record = {"image": result.path, "predictions": classes}

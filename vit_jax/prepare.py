@@ -34,8 +34,9 @@ from vit_jax.atomic import replacing
 from vit_jax.data import records, sources
 from vit_jax.data.bad_images import DEFAULT_SHARE, BadImages
 from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.deferred import resize
+from vit_jax.data.planes import Planes
 from vit_jax.data.records import Packed
-from vit_jax.data.resize import resize
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -60,7 +61,12 @@ class Options(NamedTuple):
 
 
 def prepare(
-    source: str, output: Path, splits: dict[str, str], options: Options, data_dir: str | None
+    source: str,
+    output: Path,
+    splits: dict[str, str],
+    options: Options,
+    data_dir: str | None,
+    multi_label: str | None = None,
 ) -> dict[str, Any]:
     """Packs `splits` (name: which part of `source`) into the folder `output`, atomically.
 
@@ -71,7 +77,8 @@ def prepare(
       UserError: the source cannot be read, its splits have different classes, there are too
         many bad images, or `output` cannot be written.
     """
-    opened = {name: sources.load(source, split, data_dir) for name, split in splits.items()}
+    how = (data_dir, multi_label) if multi_label else (data_dir,)
+    opened = {name: sources.load(source, split, *how) for name, split in splits.items()}
     class_names = next(iter(opened.values())).class_names
     if any(split.class_names != class_names for split in opened.values()):
         raise UserError(
@@ -144,13 +151,24 @@ def encoded(example: dict[str, Any], resize_shorter: int | None) -> bytes:
                 f"image {example['name']} cannot be read ({error.strerror}); put it back, or "
                 "begin again."
             ) from error
-    image = decode({**example, "image": content}, None)
-    if resize_shorter and min(image.size) > resize_shorter:
+    image = decode({**example, "image": content}, None, None)
+    smaller = bool(resize_shorter) and min(image.size) > (resize_shorter or 0)
+    if smaller and resize_shorter:
         scale = resize_shorter / min(image.size)
         width, height = (max(round(side * scale), 1) for side in image.size)
         image = resize(image, (height, width), "bicubic")
-        return _save(image, "JPEG", quality=_QUALITY)
-    return _save(image, "PNG") if isinstance(content, np.ndarray) else content
+        if isinstance(image, Image.Image):
+            return _save(image, "JPEG", quality=_QUALITY)
+    if not smaller and not isinstance(content, np.ndarray):
+        return content
+    return _save(image, "PNG") if isinstance(image, Image.Image) else _save_array(image)
+
+
+def _save_array(image: Planes) -> bytes:
+    """Channels that no picture format has, as an .npy file."""
+    file = io.BytesIO()
+    np.save(file, image.pixels())
+    return file.getvalue()
 
 
 def _save(image: Image.Image, form: str, **options: int) -> bytes:
@@ -172,6 +190,9 @@ def define_flags() -> None:
         "max_bad", None, "Images of a split that may be left out; else one in a hundred.", 0
     )
     flags.DEFINE_bool("force", False, "Replace an OUTPUT that exists.")
+    flags.DEFINE_string(
+        "multi_label", None, "Images have several labels: as config.data.multi_label."
+    )
     flags.DEFINE_string("data_dir", None, "Where tfds: finds prepared data sets.")
     flags.DEFINE_integer("threads", 16, "Threads that read and decode.", 1)
 
@@ -207,7 +228,8 @@ def main(positional: list[str]) -> None:
         )
     options = Options(given.shards, given.resize_shorter, given.max_bad, given.threads)
     splits = _splits(source, given.split, given.data_dir)
-    for name, split in prepare(source, output, splits, options, given.data_dir).items():
+    packed = prepare(source, output, splits, options, given.data_dir, given.multi_label)
+    for name, split in packed.items():
         without = f", {len(split['left_out']):,} left out" if split["left_out"] else ""
         print(
             f"{name}: {split['examples']:,} examples in {len(split['shards'])} files{without}"

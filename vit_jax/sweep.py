@@ -26,12 +26,13 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from vit_jax import cli, experiment
+from vit_jax import cli, experiment, stated
 from vit_jax import config as configuration
 from vit_jax import train as trainer
 from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
 from vit_jax.processes import StopSignal
+from vit_jax.stated import Stated
 from vit_jax.training.reporting import Diverged
 
 # `config`: as given; `runs`: by name, what was tried and `metrics` or `failed`; `chosen`: a
@@ -197,19 +198,28 @@ def choose(runs: dict[str, Any]) -> str:
     finished = {name: run["metrics"] for name, run in runs.items() if "metrics" in run}
     if not finished:
         raise UserError(f"all of {', '.join(runs)} failed: add lower values to config.sweep.lr")
-    score = lambda name: (finished[name]["eval/accuracy"], -finished[name]["eval/loss"])
+    score = lambda name: (_score(finished[name]), -finished[name]["eval/loss"])
     return max(finished, key=score)
+
+
+def _score_name(metrics: dict[str, Any]) -> str:
+    """What runs are compared by: of images with several labels, mean average precision."""
+    return "accuracy" if "eval/accuracy" in metrics else "mAP"
+
+
+def _score(metrics: dict[str, Any]) -> float:
+    return float(metrics[f"eval/{_score_name(metrics)}"])
 
 
 def table(runs: dict[str, Any], chosen: str) -> str:
     """The runs, one a line."""
     width = max(map(len, runs))
-    lines = [f"{'run':{width}}  accuracy    loss"]
+    lines = [f"{'run':{width}}  {_score_name(runs[chosen]['metrics']):>8}    loss"]
     for name, run in runs.items():
         metrics = run.get("metrics")
         numbers = "  failed       -"
         if metrics:
-            numbers = f"{metrics['eval/accuracy']:8.4f}{metrics['eval/loss']:8.4f}"
+            numbers = f"{_score(metrics):8.4f}{metrics['eval/loss']:8.4f}"
         lines.append(f"{name:{width}}  {numbers}{'  <- best' if name == chosen else ''}")
     return "\n".join(lines)
 
@@ -233,9 +243,7 @@ def draw(runs: dict[str, Any], chosen: str, title: str, path: Path) -> None:
     for run in runs.values():
         curves.setdefault(tuple(run["steps"] or ()), []).append(run)
     for i, (steps, members) in enumerate(curves.items()):
-        points = sorted(
-            (r["lr"], r["metrics"]["eval/accuracy"]) for r in members if "metrics" in r
-        )
+        points = sorted((r["lr"], _score(r["metrics"])) for r in members if "metrics" in r)
         axes.plot(
             [rate for rate, _ in points],
             [accuracy for _, accuracy in points],
@@ -245,7 +253,7 @@ def draw(runs: dict[str, Any], chosen: str, title: str, path: Path) -> None:
         )
     best = runs[chosen]
     axes.plot(
-        best["lr"], best["metrics"]["eval/accuracy"], "o", markersize=14, fillstyle="none",
+        best["lr"], _score(best["metrics"]), "o", markersize=14, fillstyle="none",
         color="black", label="chosen",
     )  # fmt: skip
     if failed := sorted({run["lr"] for run in runs.values() if "failed" in run}):
@@ -255,7 +263,8 @@ def draw(runs: dict[str, Any], chosen: str, title: str, path: Path) -> None:
     axes.set_xscale("log")
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axes.minorticks_off()
-    axes.set(xlabel="peak learning rate", ylabel="held-out accuracy", title=title)
+    held_out = f"held-out {_score_name(best['metrics'])}"
+    axes.set(xlabel="peak learning rate", ylabel=held_out, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
     with replacing(path) as part:
@@ -266,9 +275,12 @@ def draw(runs: dict[str, Any], chosen: str, title: str, path: Path) -> None:
 
 
 def sweep(
-    config: ConfigDict, workdir: Path, overridden: Collection[str] = ()
+    config: ConfigDict,
+    workdir: Path,
+    overridden: Collection[str] = (),
+    said: Stated = stated.NOTHING,
 ) -> dict[str, Any] | None:
-    """Runs all that is not done yet.
+    """Runs all that is not done yet; `said` is about the weights of `config.init_from`.
 
     Returns:
       What `sweep.json` holds at the end, or None when stopped by a signal.
@@ -285,7 +297,7 @@ def sweep(
             if setting.name in record["runs"]:
                 continue
             print(f"\nrun {number} of {len(grid)}: {setting.name}", flush=True)
-            outcome = try_setting(config, setting, workdir, overridden, stop)
+            outcome = try_setting(config, setting, workdir, overridden, stop, said)
             if stop.requested:
                 return None
             record["runs"][setting.name] = {"lr": setting.lr, "steps": setting.steps} | outcome
@@ -296,11 +308,24 @@ def sweep(
         write_record(record, workdir)
         title = f"{config.init_from or config.model.variant} on {config.data.source}"
         draw(runs, chosen, title, workdir / "sweep.png")
-        print(f"\naccuracy on {config.data.eval_split}:\n{table(runs, chosen)}", flush=True)
+        name = _score_name(runs[chosen]["metrics"])
+        print(f"\n{name} on {config.data.eval_split}:\n{table(runs, chosen)}", flush=True)
         if config.sweep.train_split:
             setting = next(setting for setting in grid if setting.name == chosen)
-            train_final(config, setting, record, workdir, overridden, stop)
+            train_final(config, setting, record, workdir, overridden, stop, said)
     return None if stop.requested else record
+
+
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    overridden: Collection[str],
+    stop: StopSignal,
+    said: Stated,
+) -> dict[str, Any]:
+    """One run of `vit_jax.train`, told about its weights where there is anything to tell."""
+    told = {} if said == stated.NOTHING else {"said": said}
+    return trainer.train(config, workdir, overridden, stop, **told)
 
 
 def try_setting(
@@ -309,11 +334,12 @@ def try_setting(
     workdir: Path,
     overridden: Collection[str],
     stop: StopSignal,
+    said: Stated,
 ) -> dict[str, Any]:
     """Trains one point of the grid: its `metrics`, or why it `failed`."""
     try:
         run = setting.apply(config)
-        return {"metrics": trainer.train(run, workdir / setting.name, overridden, stop)}
+        return {"metrics": train(run, workdir / setting.name, overridden, stop, said)}
     except Diverged as error:
         print(f"{setting.name} failed: {error}")
         return {"failed": str(error)}
@@ -326,6 +352,7 @@ def train_final(
     workdir: Path,
     overridden: Collection[str],
     stop: StopSignal,
+    said: Stated,
 ) -> None:
     """Trains with the chosen values on all data, and puts the test result on record.
 
@@ -348,7 +375,8 @@ def train_final(
     record["final"] = plan
     write_record(record, workdir)
     print(f"\nfinal run: {setting.name} on {train_split}", flush=True)
-    metrics = trainer.train(final_config(config, setting), workdir / "final", overridden, stop)
+    config = final_config(config, setting)
+    metrics = train(config, workdir / "final", overridden, stop, said)
     if metrics:
         record["final"] = plan | {"metrics": metrics}
         write_record(record, workdir)
@@ -365,7 +393,7 @@ def define_flags() -> None:
 def main(positional: list[str]) -> None:
     cli.no_positional(positional)
     config, workdir, overridden = trainer.from_flags()
-    record = sweep(config, workdir, overridden)
+    record = sweep(config, workdir, overridden, stated.from_flags())
     if record is None:
         print(f"the sweep is stopped: run the same command to continue it in {workdir}")
         return
@@ -374,8 +402,8 @@ def main(positional: list[str]) -> None:
     if config.sweep.train_split:
         metrics = final["metrics"]
         print(
-            f"test accuracy {metrics['eval/accuracy']:.4f} of {metrics['eval/count']} examples "
-            f"({final['test_split']}), trained on {final['train_split']}"
+            f"test {_score_name(metrics)} {_score(metrics):.4f} of {metrics['eval/count']} "
+            f"examples ({final['test_split']}), trained on {final['train_split']}"
         )
     else:
         print("no final run: config.sweep.train_split is not set")

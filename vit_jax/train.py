@@ -24,15 +24,17 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import vit_jax
-from vit_jax import cache, cli, experiment, processes, trained
+from vit_jax import cache, cli, experiment, processes, run_data, stated, trained
 from vit_jax import config as configuration
-from vit_jax.data import pipeline
+from vit_jax.data import pipeline, value_ranges
 from vit_jax.data.sources import Source, fingerprint
 from vit_jax.errors import UserError
+from vit_jax.interop import channels
 from vit_jax.interop.adapt import adapt
 from vit_jax.models.flops import train_flops
 from vit_jax.models.model import count_parameters
 from vit_jax.processes import StopSignal
+from vit_jax.stated import Stated
 from vit_jax.trained import Trained
 from vit_jax.training import sharding
 from vit_jax.training.checkpoint import Card, Checkpoints, abstract
@@ -72,7 +74,7 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
     )
     plan = Plan(total, log, evaluation, checkpoint, few_shot)
     if plan.total < 1:
-        raise UserError("the length of training is 0 steps: set e.g. config.total_epochs=90")
+        raise UserError(no_steps(config, examples))
     if few_shot and (not plan.eval_every or few_shot % plan.eval_every):
         raise UserError(
             f"few_shot.every is {few_shot} steps, which is no multiple of eval_every, "
@@ -81,13 +83,37 @@ def make_plan(config: ConfigDict, examples: int) -> Plan:
     return plan
 
 
+def no_steps(config: ConfigDict, examples: int) -> str:
+    """Why the length of training comes to 0 steps, and what to change."""
+    given = {unit: config[f"total_{unit}"] for unit in configuration.UNITS}
+    [(unit, amount)] = [(unit, x) for unit, x in given.items() if x is not None]
+    if not amount or unit == "steps":
+        return "the length of training is 0 steps: set e.g. config.total_epochs=90"
+    seen = amount * (examples if unit == "epochs" else 1)
+    return (
+        f"the length of training is 0 steps, because total_{unit}={amount:g} of the "
+        f"{examples:,} images in {config.data.train_split!r} is less than half a batch of "
+        f"batch_size={config.batch_size:,}: set batch_size to at most {max(int(seen), 1):,}, "
+        f"or train longer"
+    )
+
+
 # --- Resolve: what the weights to begin with decide ---------------------------------------
 
 
 def resolve(
-    config: ConfigDict, workdir: Path, overridden: Collection[str]
+    config: ConfigDict,
+    workdir: Path,
+    overridden: Collection[str],
+    said: Stated = stated.NOTHING,
 ) -> tuple[ConfigDict, Trained | None]:
     """Fills in the model of a configuration that leaves it to `init_from`.
+
+    Args:
+      config: stays as it is.
+      workdir: where a run may have begun already.
+      overridden: fields set on the command line, which stay.
+      said: about the weights.
 
     Returns:
       The complete configuration, and the weights if they had to be opened for it: a work
@@ -102,14 +128,33 @@ def resolve(
     if (known := model_of_workdir(workdir, config.init_from)) is not None:
         configuration.take_model(config, known, overridden)
         return config, None
-    before = trained.load_any(config.init_from, "last", None)
+    before = trained.load_any(config.init_from, "last", None, said, as_stored=True)
     configuration.take_model(config, before.config, overridden)
+    if config.data.channels != before.config.data.channels:
+        fitting = value_ranges.for_channels(config.data.value_range, config.data.channels)
+        if "data.value_range" not in overridden:
+            config.data.value_range = fitting
     return config, before
+
+
+def weights_to_begin_with(config: ConfigDict, workdir: Path, said: Stated) -> Trained | None:
+    """The weights of `config.init_from`, None where none are needed.
+
+    Raises:
+      UserError: they cannot be found, fetched or read.
+    """
+    if not config.init_from or has_checkpoints(workdir):
+        return None
+    return trained.load_any(config.init_from, "last", None, said, as_stored=True)
+
+
+def has_checkpoints(workdir: Path) -> bool:
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
 
 
 def model_of_workdir(workdir: Path, init_from: str) -> ConfigDict | None:
     """The configuration that checkpoints in `workdir` were begun with from `init_from`."""
-    if not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+    if not has_checkpoints(workdir):
         return None  # what the run will begin with is read anew
     try:
         stored = configuration.from_dict(json.loads((workdir / "config.json").read_text()))
@@ -136,17 +181,24 @@ class Run(NamedTuple):
     card: Card
 
 
-def build(config: ConfigDict) -> Run:
-    """Opens the data and compiles nothing yet; every wrong field is found here."""
+def build(config: ConfigDict, classes: tuple[str, ...] = ()) -> Run:
+    """Opens the data and compiles nothing yet; every wrong field is found here.
+
+    The outputs of the model are the classes of the training data, in the order of `classes` if
+    these are the same.
+    """
     parse_profile(config.profile)
     config = experiment.with_computation_chosen(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation)
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
-    source = experiment.open_source(config, config.data.train_split)
-    eval_source = experiment.open_source(config, config.data.eval_split)
+    source, eval_source = run_data.open_sources(config, classes)
     num_classes = len(source.class_names)
+    train_reading = experiment.train_pipeline(config, mesh)
+    eval_reading = experiment.eval_pipeline(config, mesh)
     plan = make_plan(config, len(source))
+    experiment.build_objective(config, num_classes)  # a wrong field is told before an image
+    run_data.check_early(config, (source, train_reading), (eval_source, eval_reading))
     learning = experiment.build_learning(config, mesh, num_classes, len(source))
     model = learning.objective.model
     return Run(
@@ -157,8 +209,8 @@ def build(config: ConfigDict) -> Run:
         plan=plan,
         learning=learning,
         few_shot=experiment.build_few_shot(config, model, source, eval_source, mesh),
-        train_reading=experiment.train_pipeline(config, mesh),
-        eval_reading=experiment.eval_pipeline(config, mesh),
+        train_reading=train_reading,
+        eval_reading=eval_reading,
         card={
             "config": configuration.to_dict(config),
             "class_names": list(experiment.class_names(config, source.class_names)),
@@ -185,11 +237,16 @@ def describe_data(config: ConfigDict, split: str, source: Source) -> dict[str, A
 
 
 def begin(
-    run: Run, checkpoints: Checkpoints, workdir: Path, before: Trained | None = None
+    run: Run,
+    checkpoints: Checkpoints,
+    workdir: Path,
+    before: Trained | None = None,
+    said: Stated = stated.NOTHING,
 ) -> TrainState:
     """Returns the newest readable state, or a first one, divided over the mesh.
 
-    `before` are the weights of `config.init_from`, if they are open already.
+    `before` are the weights of `config.init_from`, if they are open already, and `said` is
+    what their file leaves open.
 
     Raises:
       UserError: the work directory belongs to a run with another configuration or other
@@ -205,7 +262,8 @@ def begin(
         # Each device makes its own part: nobody ever holds the whole.
         state = run.learning.init()
         if run.config.init_from:
-            before = before or trained.load_any(run.config.init_from, "last", None)
+            name = run.config.init_from
+            before = before or trained.load_any(name, "last", None, said, as_stored=True)
             state = take_over(state, run, before)
     if processes.is_first():
         text = json.dumps(run.card["config"], indent=2)
@@ -283,6 +341,8 @@ def mismatches(config: ConfigDict, weights: ConfigDict) -> list[str]:
     for path in ("model.gelu", "model.layer_norm_eps", "data.value_range"):
         node, _, name = path.partition(".")
         old, new = weights[node][name], config[node][name]
+        if name == "value_range" and config.data.channels != weights.data.channels:
+            old = value_ranges.for_channels(old, config.data.channels)
         if old != new:
             wrong.append(f"{path}={old!r} (here {new!r})")
     if not wrong:
@@ -400,6 +460,7 @@ def train(
     workdir: Path,
     overridden: Collection[str] = (),
     stop: StopSignal | None = None,
+    said: Stated = stated.NOTHING,
 ) -> Metrics:
     """Trains to the end and returns the last evaluation, or {} when stopped by a signal.
 
@@ -408,12 +469,18 @@ def train(
       workdir: what is there is continued.
       overridden: fields that the weights of `config.init_from` shall not decide.
       stop: where somebody else listens for signals already.
+      said: about the weights of `config.init_from`, what their file leaves open.
 
     Raises:
       UserError: for everything that the person who wrote `config` can mend.
     """
-    config, before = resolve(config, workdir, overridden)
-    run = build(config)
+    config, before = resolve(config, workdir, overridden, said)
+    before = before or weights_to_begin_with(config, workdir, said)
+    if before is not None:
+        ours, theirs = config.data.channels, before.config.data.channels
+        asked = ours != configuration.get_config().data.channels
+        channels.check(config.init_from, ours, theirs, asked or "data.channels" in overridden)
+    run = build(config, run_data.stored_classes(workdir))
     try:
         workdir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -423,7 +490,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
-        state = begin(run, checkpoints, workdir, before)
+        state = begin(run, checkpoints, workdir, before, said)
         del before  # or the memory of its arrays would be held until the end
         first_step = int(state.step)
         log = stack.enter_context(MetricWriter(workdir, first_step, run.plan.total))
@@ -469,6 +536,8 @@ def divided(run: Run) -> str:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Configuration: FILE.py[:ARGUMENT].")
     flags.DEFINE_string("workdir", None, "Where results go; what is there is continued.")
+    stated.define_flags()  # about the weights of config.init_from
+    flags.adopt_module_key_flags(stated)
 
 
 def define_all_flags() -> None:
@@ -493,9 +562,9 @@ def main(positional: list[str]) -> None:
     arguments = from_flags()
     with processes.together():
         cache.keep_compiled_programs()
-        result = train(*arguments)
+        result = train(*arguments, said=stated.from_flags())
     if result and processes.is_first():
-        name = "accuracy" if "eval/accuracy" in result else "loss"
+        name = next(x for x in ("accuracy", "mAP", "loss") if f"eval/{x}" in result)
         print(f"{name} {result[f'eval/{name}']:.4f} of {result['eval/count']} examples")
 
 

@@ -1,5 +1,6 @@
 """A trained model, opened with nothing else given: a work directory, or published weights."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -12,15 +13,17 @@ from ml_collections import ConfigDict
 
 import vit_jax
 from vit_jax import config as configuration
-from vit_jax import experiment
+from vit_jax import experiment, stated
 from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
-from vit_jax.interop import download
+from vit_jax.interop import download, positions
 from vit_jax.interop.load import Imported, load_weights
 from vit_jax.models import registry
 from vit_jax.models.layers import store_in
 from vit_jax.models.model import Model, Params
+from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives import masked_patches
+from vit_jax.stated import Stated
 from vit_jax.training import sharding
 from vit_jax.training.checkpoint import Checkpoints, abstract, load_card, load_params
 
@@ -37,6 +40,10 @@ class Trained(NamedTuple):
       family: whose code the weights come from: `vit_jax`, or a name of `interop.families`.
       resize: how that code resizes position embeddings, of `interop.positions.METHODS`.
       notes: sentences about what was left out or assumed.
+      input_size: (H, W) of the images that the evaluation transform makes, where the positions
+        are still for others: see `load_any`.
+      unprepared: why images cannot be prepared as their publisher does, if so.
+      multi_label: whether an image may have several classes.
     """
 
     config: ConfigDict
@@ -47,6 +54,9 @@ class Trained(NamedTuple):
     family: str = "vit_jax"
     resize: str = "corner"
     notes: tuple[str, ...] = ()
+    input_size: tuple[int, int] | None = None
+    unprepared: str = ""
+    multi_label: bool = False
 
 
 def define_flags() -> None:
@@ -60,6 +70,10 @@ def define_flags() -> None:
         "dtype", None, ["float32", "bfloat16"],
         "Operands of matrix products; as trained unless given, float32 for published weights.",
     )  # fmt: skip
+    flags.DEFINE_string("transform", None, "Preprocessing; the model's own unless given.")
+    flags.DEFINE_string("value_range", None, "Of pixels; the model's own unless given.")
+    stated.define_flags()
+    flags.adopt_module_key_flags(stated)
 
 
 def from_flags(mesh: Mesh) -> Trained:
@@ -71,13 +85,34 @@ def from_flags(mesh: Mesh) -> Trained:
     given = flags.FLAGS
     if bool(given.workdir) == bool(given.checkpoint):
         raise UserError("pass one of --workdir and --checkpoint: see --help")
+    said = stated.from_flags()
     if given.workdir:
+        said.check_unused(given.workdir)
         model = load(Path(given.workdir), given.step, mesh)
     else:
-        model = load_any(given.checkpoint, given.step, mesh)
+        model = load_any(given.checkpoint, given.step, mesh, said)
         for note in model.notes:
             print(f"note: {note}", file=sys.stderr)
-    return for_inference(model, given.dtype)
+    return for_inference(_prepared(model, given.transform, given.value_range), given.dtype)
+
+
+def _prepared(model: Trained, transform: str | None, value_range: str | None) -> Trained:
+    """The model with the preprocessing that the flags name.
+
+    Raises:
+      UserError: it has none, and they do not name one either.
+    """
+    if model.unprepared and not (transform and value_range):
+        height, width = model.config.image_size
+        raise UserError(
+            f"{model.unprepared}: to prepare images otherwise, say how they are brought to "
+            f"{height} x {width} and scaled, with --transform=resize and "
+            f"--value_range=inception or others"
+        )
+    data = model.config.data
+    data.eval_transform = transform or data.eval_transform
+    data.value_range = value_range or data.value_range
+    return model
 
 
 def for_inference(model: Trained, dtype: str | None = None) -> Trained:
@@ -116,24 +151,62 @@ def load(workdir: Path, which: str, mesh: Mesh) -> Trained:
     params = load_params(workdir, which, target)
     params.pop(masked_patches.NAME, None)  # of the objective, not of the model
     family, resize = card.get("family", "vit_jax"), card.get("resize", "corner")
-    return Trained(config, class_names, model, params, card["step"], family, resize)
+    return Trained(
+        config,
+        class_names,
+        model,
+        params,
+        card["step"],
+        family,
+        resize,
+        unprepared=card.get("unprepared", ""),
+        multi_label=card.get("multi_label", False),
+    )
 
 
-def load_any(name: str, which: str, mesh: Mesh | None) -> Trained:
+def load_any(
+    name: str,
+    which: str,
+    mesh: Mesh | None,
+    said: Stated = stated.NOTHING,
+    as_stored: bool = False,
+) -> Trained:
     """Opens a work directory, an export, a file of published weights, or a name of some.
 
     Args:
       name: a path, or what `interop.download.resolve` fetches (`augreg:B_16`, `hf:...`).
       which: of a work directory, as for `load`.
       mesh: where the weights go; None leaves published ones in the host's memory.
+      said: what their file leaves open.
+      as_stored: whether positions stay those of the file where its publisher prepares images
+        of another size (then `input_size` is that). Else they are resized, as its code does.
 
     Raises:
       UserError: it cannot be found, fetched, read, or held exactly by our model.
     """
     path = download.resolve(name)
     if path.is_dir() and any((path / part).is_dir() for part in ("checkpoints", "best")):
+        said.check_unused(name)
         return load(path, which, mesh or sharding.make_mesh())
-    return from_imported(load_weights(path), mesh)
+    imported = load_weights(path, **said._asdict())
+    return from_imported(imported if as_stored else at_input_size(imported), mesh)
+
+
+def at_input_size(imported: Imported) -> Imported:
+    """The weights with positions for the images that their publisher prepares."""
+    old, size, method = imported.cfg, imported.input_size, imported.posemb_resize
+    if size is None or not isinstance(old, ViTConfig):
+        return imported
+    new = dataclasses.replace(old, image_size=size)
+    sizes = " to ".join(f"{rows}x{columns}" for rows, columns in (old.grid, new.grid))
+    note = (
+        f"Images are prepared at {size[0]} x {size[1]}, as published: position embeddings "
+        f"resized from {sizes} patches ({method})."
+    )
+    params = positions.resize_params(imported.params, old, new, method)
+    return dataclasses.replace(
+        imported, cfg=new, params=params, input_size=None, notes=(*imported.notes, note)
+    )
 
 
 def from_imported(imported: Imported, mesh: Mesh | None) -> Trained:
@@ -144,6 +217,7 @@ def from_imported(imported: Imported, mesh: Mesh | None) -> Trained:
     config.data.value_range = imported.value_range
     config.data.eval_transform = imported.eval_transform
     config.init_resize = imported.posemb_resize
+    config.objective.loss = "sigmoid" if imported.multi_label else config.objective.loss
     config.model.update(registry.fields_of(cfg))
     names = imported.class_names or tuple(map(str, range(cfg.num_classes)))
     return Trained(
@@ -155,6 +229,9 @@ def from_imported(imported: Imported, mesh: Mesh | None) -> Trained:
         family=imported.family,
         resize=imported.posemb_resize,
         notes=imported.notes,
+        input_size=imported.input_size,
+        unprepared=imported.unprepared,
+        multi_label=imported.multi_label,
     )
 
 
@@ -170,6 +247,8 @@ def export(trained: Trained, folder: Path) -> None:
         "family": trained.family,
         "resize": trained.resize,
         "vit_jax": vit_jax.__version__,
+        "multi_label": trained.multi_label,
+        "unprepared": trained.unprepared,
     }
     with replacing(folder) as part:
         part.mkdir()

@@ -34,6 +34,7 @@ from vit_jax.analysis import attention, embeddings, plots, report
 from vit_jax.atomic import replacing
 from vit_jax.data import preprocess
 from vit_jax.data.decode import decode
+from vit_jax.data.planes import with_depth
 from vit_jax.errors import UserError
 from vit_jax.inference import Unreadable
 from vit_jax.models.model import Out
@@ -240,12 +241,18 @@ def best(
 
 
 def as_seen(model: trained.Trained, path: str) -> np.ndarray:
-    """The (H, W, C) uint8 pixels that the model is shown, before normalisation."""
+    """The (H, W, C) uint8 pixels that the model is shown, before normalisation.
+
+    Of images that are neither grey nor RGB, the first channels.
+    """
     config = model.config
     size, channels = tuple(config.image_size), config.data.channels
     transform = preprocess.parse_transform(config.data.eval_transform, size)
-    image = transform(decode({"image": path, "name": path}, channels), None)
-    return np.asarray(image).reshape(*size, channels)
+    image = transform.of(
+        decode({"image": path, "name": path}, channels, config.data.bits), path
+    )
+    pixels = with_depth(np.asarray(image).reshape(*size, channels), 8)
+    return pixels if channels in (1, 3) else pixels[..., : 3 if channels > 3 else 1]
 
 
 # --- The door -----------------------------------------------------------------------------
@@ -267,6 +274,8 @@ def visualize(
       UserError: `output` cannot be written, or there is nothing to draw at all.
     """
     cfg, notes = model.model.config, list(model.notes)
+    if paths and (note := inference.head_note(model)):
+        notes.append(note)
     attempts = [draw_filters(model.params, cfg.channels), draw_positions(cfg, model.params)]
     drawn = [a for a in attempts if isinstance(a, Drawn)]
     notes += [a for a in attempts if isinstance(a, str)]

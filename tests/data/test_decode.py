@@ -154,8 +154,3 @@ def test_no_corruption_escapes_as_another_exception(photo, rng):
 def test_a_decompression_bomb_is_refused(monkeypatch, photo):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert "exceeds limit" in complaint(encode(photo, "PNG"))
-
-
-def test_only_one_or_three_channels(photo):
-    with pytest.raises(UserError, match="1 or 3 channels, but not to 4"):
-        decode({"image": np.asarray(photo), "label": 0, "name": "x"}, 4)

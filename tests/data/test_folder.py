@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vit_jax import inference
 from vit_jax.data import files as file_lists
 from vit_jax.data import folder, sources
+from vit_jax.data.decode import decode
 from vit_jax.errors import UserError
 
 # Of the 120 files of `one_folder`, by the BLAKE2 hash of their relative paths.
@@ -196,6 +198,137 @@ def test_names_of_files_may_be_any_bytes(tmp_path):
     assert list(file_lists.Paths.of([])) == []
     with pytest.raises(IndexError):
         packed[4]
+
+
+# ---- splits, by name ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("training", "held_out", "asked"),
+    [
+        ("Train", "Val", "val"),
+        ("training", "validation", "val"),
+        ("train", "valid", "validation"),
+        ("TRAIN", "Dev", "valid"),
+        ("Training", "testing", "test"),
+        ("train", "EVAL", "dev"),
+        ("train", "Test", "validation"),
+    ],
+)
+def test_splits_go_by_many_names_in_any_case(tmp_path, training, held_out, asked):
+    touch(tmp_path, f"{training}/b/0.png", f"{training}/a/1.png", f"{held_out}/b/2.png")
+    assert sorted(files(tmp_path, "train")) == [f"{training}/a/1.png", f"{training}/b/0.png"]
+    assert files(tmp_path, asked) == files(tmp_path, held_out) == [f"{held_out}/b/2.png"]
+    assert sources.load(f"folder:{tmp_path}", asked).class_names == ("a", "b")
+    assert sources.load(f"folder:{tmp_path}", asked)[0]["label"] == 1
+    assert sources.split_names(f"folder:{tmp_path}") == (training, held_out)
+
+
+def test_a_split_that_is_not_there_names_those_that_are(tmp_path):
+    touch(tmp_path, "Train/a/0.png", "valid/a/1.png", "Test/a/1.png", "notes/a/0.png")
+    for asked in ("holdout", "all"):
+        with pytest.raises(UserError, match=f"no split '{asked}'; it has Train, Test, valid"):
+            sources.load(f"folder:{tmp_path}", asked)
+    touch(tmp_path / "two", "train/a/0.png", "val/a/0.png", "valid/a/0.png")
+    with pytest.raises(UserError, match="it has train, val, valid"):  # which of the two?
+        sources.load(f"folder:{tmp_path}/two", "dev")
+
+
+def test_a_class_may_be_called_train(tmp_path, capsys):
+    touch(tmp_path, "train/0.png", "car/0.png", "plane/0.png")
+    assert sources.load(f"folder:{tmp_path}", "all").class_names == ("car", "plane", "train")
+    touch(tmp_path, "set/train/a/0.png", "set/train/b/0.png", "set/extra/0.png")
+    assert sources.load(f"folder:{tmp_path}/set", "train").class_names == ("a", "b")
+    assert "so the folders beside them are left out: 'extra'" in capsys.readouterr().err
+
+
+def test_a_split_beside_the_class_folders_that_it_holds_is_refused(tmp_path):
+    touch(tmp_path, "a/0.png", "b/0.png", "Test/a/1.png", "Test/b/1.png")
+    with pytest.raises(UserError, match="Test' is named like a split and holds class folders"):
+        sources.load(f"folder:{tmp_path}", "train")
+
+
+# ---- nested folders --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nested(tmp_path):
+    for kind, names in {"bird": ("emu", "owl"), "fish": ("cod", "eel")}.items():
+        touch(tmp_path, *(f"{kind}/{name}/{i}.png" for name in names for i in range(2)))
+    return tmp_path
+
+
+def test_outer_folders_are_the_classes_unless_inner_ones_are_asked_for(nested, capsys):
+    assert sources.load(f"folder:{nested}", "all").class_names == ("bird", "fish")
+    assert f"('bird/emu', 'bird/owl', 'fish/cod', ...) give folder:{nested},classes=inner" in (
+        capsys.readouterr().err
+    )
+    inner = sources.load(f"folder:{nested},classes=inner", "all")
+    assert inner.class_names == ("emu", "owl", "cod", "eel")
+    for example in (inner[i] for i in range(len(inner))):
+        assert example["name"].split("/")[-2] == inner.class_names[example["label"]]
+    assert sources.load(f"folder:{nested},classes=outer", "all").class_names == ("bird", "fish")
+
+
+def test_inner_folders_of_one_name_keep_their_path(tmp_path):
+    touch(tmp_path, "train/x/big/0.png", "train/y/big/0.png", "train/y/z/0.png")
+    touch(tmp_path, "val/y/z/0.png")
+    source = sources.load(f"folder:{tmp_path},classes=inner", "val")
+    assert source.class_names == ("x/big", "y/big", "y/z")
+    assert source[0]["label"] == 2
+
+
+def test_a_single_folder_around_the_classes_is_asked_about(tmp_path):
+    touch(tmp_path, "pets/cat/0.png", "pets/dog/0.png")
+    with pytest.raises(UserError) as caught:
+        sources.load(f"folder:{tmp_path}", "all")
+    assert f"give folder:{tmp_path}/pets, else folder:{tmp_path},classes=outer" in str(
+        caught.value
+    )
+    assert sources.load(f"folder:{tmp_path},classes=outer", "all").class_names == ("pets",)
+    assert sources.load(f"folder:{tmp_path}/pets", "all").class_names == ("cat", "dog")
+
+
+# ---- what counts as an image -----------------------------------------------------------------
+
+
+def test_every_format_that_is_read_is_found_by_its_endings(tmp_path):
+    readable = [".jfif", ".jpe", ".ppm", ".pgm", ".pnm", ".JP2"]
+    readable += [".avif"] * ("AVIF" in Image.OPEN)
+    touch(tmp_path, *(f"a/{i}.png" for i in range(len(readable))))
+    for i, ending in enumerate(readable):
+        form = {".jp2": "JPEG2000", ".avif": "AVIF"}.get(ending.lower(), "PPM")
+        form = "JPEG" if ending.startswith(".j") and form == "PPM" else form
+        (tmp_path / "a" / f"{i}.png").unlink()
+        Image.new("RGB", (8, 8), (10, 20, 30)).save(tmp_path / "a" / f"{i}{ending}", form)
+    source = sources.load(f"folder:{tmp_path}", "all")
+    assert len(source) == len(readable)
+    for i in range(len(source)):
+        assert decode(source[i], 3).size == (8, 8)
+
+
+def test_what_is_passed_over_is_counted_once(tmp_path, capsys):
+    touch(tmp_path, "a/0.png", "b/1.png", "loose.png", "a/._0.png", "__MACOSX/a/0.png")
+    for name in ("a/x.txt", "b/deep.TXT", "b/Thumbs.db", "a/none"):
+        (tmp_path / name).write_text("")
+    for _ in range(2):
+        assert sorted(files(tmp_path, "all")) == ["a/0.png", "b/1.png"]
+    said = capsys.readouterr().err
+    assert said.count("passed over") == 1
+    assert (
+        f"note: 6 files in '{tmp_path}' passed over, as no images: 2 .txt, 1 .db, 1 hidden, "
+        "1 in no class folder, 1 without an ending" in said
+    )
+
+
+def test_commands_that_take_folders_pass_over_the_same(tmp_path, capsys):
+    touch(tmp_path, "a/0.png", "a/b.JPE", "a/._0.png", ".git/x.png", "@eaDir/0.png", "1.png")
+    (tmp_path / "a" / "notes.txt").write_text("")
+    found = inference.find_images([str(tmp_path)])
+    assert found == [f"{tmp_path}/{name}" for name in ("1.png", "a/0.png", "a/b.JPE")]
+    assert "passed over, as no images: 3 hidden, 1 .txt" in capsys.readouterr().err
+    # What is given by name is meant.
+    assert inference.find_images([f"{tmp_path}/a/._0.png"]) == [f"{tmp_path}/a/._0.png"]
 
 
 # ---- the index on disk -------------------------------------------------------------------

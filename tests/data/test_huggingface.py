@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import decode, sources
+from vit_jax.data import decode, huggingface, sources
 from vit_jax.errors import UserError
 
 datasets = pytest.importorskip("datasets")
@@ -151,6 +151,135 @@ def test_columns_are_found_by_their_kind(tmp_path):
     data.save_to_disk(str(tmp_path))
     source = sources.load(f"hf:{tmp_path}", "train")
     assert source[0] == {"image": png(3), "label": 1, "name": f"hf:{tmp_path} train[0]"}
+
+
+def many(tmp_path, n=6, **columns):
+    """Writes columns, of which each is (values, feature); returns the source."""
+    values = {key: column for key, (column, _) in columns.items()}
+    features = datasets.Features({key: feature for key, (_, feature) in columns.items()})
+    data = datasets.Dataset.from_dict(values, features=features)
+    data.save_to_disk(str(tmp_path))
+    return f"hf:{tmp_path}"
+
+
+def pictures(first, n=6):
+    return ([{"bytes": png(first + i), "path": None} for i in range(n)], datasets.Image())
+
+
+def classes(names, every):
+    return ([i % every for i in range(6)], datasets.ClassLabel(names=names))
+
+
+def test_columns_by_convention_come_before_others(tmp_path):
+    name = many(
+        tmp_path,
+        mask=pictures(100),
+        image=pictures(0),
+        gender=classes(["m", "f"], 2),
+        fine_label=classes(list("xyz"), 3),
+        label=classes(list("uvw"), 3),
+    )
+    source = sources.load(name, "train")
+    assert (source.image_key, source.label_key) == ("image", "label")
+    assert source.class_names == ("u", "v", "w")
+    assert greys(source) == list(range(6))
+    chosen = sources.load(f"{name},image=mask,label=gender", "train[1:]")
+    assert chosen.class_names == ("m", "f")
+    assert greys(chosen) == list(range(101, 106))
+    assert [chosen[i]["label"] for i in range(5)] == [1, 0, 1, 0, 1]
+    with pytest.raises(UserError, match="has no images in its column 'gender'; choose another"):
+        sources.load(f"{name},image=gender", "train")
+    with pytest.raises(
+        UserError, match="no column 'age'; give label=NAME with one of mask, im"
+    ):
+        sources.load(f"{name},label=age", "train")
+
+
+def test_a_choice_that_is_left_open_is_refused(tmp_path):
+    kinds = {"breed": classes(["a", "b"], 2), "coat": classes(["s", "l"], 2)}
+    name = many(tmp_path / "labels", image=pictures(0), **kinds)
+    with pytest.raises(UserError) as caught:
+        sources.load(name, "train")
+    assert str(caught.value) == (
+        f"{name} has several columns that can be the label: breed, coat; choose one, as in "
+        f"{name},label=breed."
+    )
+    name = many(tmp_path / "images", left=pictures(0), right=pictures(9), **kinds)
+    with pytest.raises(UserError, match=r"the image: left, right; choose .*,image=left\."):
+        sources.load(f"{name},label=coat", "train")
+    assert greys(sources.load(f"{name},label=coat,image=right", "train")) == list(range(9, 15))
+
+
+@pytest.mark.parametrize("kind", ["binary", "struct"])
+def test_images_stored_as_bytes_in_parquet(tmp_path, kind):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    encoded = [png(i) for i in range(5)]
+    if kind == "struct":
+        encoded = [{"bytes": x, "path": f"{i}.png"} for i, x in enumerate(encoded)]
+    table = pa.table(
+        {"id": [str(i) for i in range(5)], "jpg": encoded, "label": [0, 1, 2, 1, 0]}
+    )
+    pq.write_table(table, tmp_path / "train.parquet")
+    for source in (
+        sources.load(f"hf:{tmp_path}/train.parquet", "train"),
+        sources.load(f"hf:{tmp_path}", "train"),
+    ):
+        assert greys(source) == list(range(5))
+        assert source.labels.tolist() == [0, 1, 2, 1, 0]
+        assert len(source.fingerprint(0, 5)) == 16
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "names", "labels"),
+    [
+        ([True, False, None], "bool", ("False", "True"), [1, 0, -1]),
+        ([2.0, 0.0, 1.0], "float32", ("0", "1", "2"), [2, 0, 1]),
+        ([2.0, 0.0, 1.0], "float64", ("0", "1", "2"), [2, 0, 1]),
+    ],
+)
+def test_booleans_and_whole_floats_are_labels(tmp_path, column, kind, names, labels):
+    table(3, (column, datasets.Value(kind))).save_to_disk(str(tmp_path))
+    source = huggingface.open_huggingface(str(tmp_path), "train")
+    assert source.class_names == names
+    assert [source[i]["label"] for i in range(3)] == source.labels.tolist() == labels
+
+
+def test_other_floats_are_no_classes(tmp_path):
+    table(2, ([0.5, 1.0], datasets.Value("float32"))).save_to_disk(str(tmp_path))
+    assert "has label 0.5 in its column 'label', which is no class" in message(tmp_path)
+
+
+def test_each_split_may_number_the_same_classes_in_its_own_way(tmp_path):
+    one, other = (datasets.ClassLabel(names=names) for names in (["a", "b", "c"], ["c", "a"]))
+    data = datasets.DatasetDict(
+        train=table(3, ([0, 1, 2], one)), test=table(4, ([0, 1, -1, 0], other), first=100)
+    )
+    data.save_to_disk(str(tmp_path))
+    source = huggingface.open_huggingface(str(tmp_path), "test")
+    assert source.class_names == ("a", "b", "c")
+    assert source.labels.tolist() == [source[i]["label"] for i in range(4)] == [2, 0, -1, 2]
+
+
+@pytest.mark.parametrize("held_out", ["Val", "Validation", "TEST"])
+def test_an_imagefolder_of_splits_in_capitals(tmp_path, held_out):
+    for split, first in (("Train", 0), (held_out, 100)):
+        for i, name in enumerate(NAMES):
+            (tmp_path / split / name).mkdir(parents=True)
+            (tmp_path / split / name / "0.png").write_bytes(png(first + i))
+    source = sources.load(f"hf:{tmp_path}", "train")
+    assert (greys(source), source.class_names) == ([0, 1, 2], tuple(NAMES))
+    assert greys(sources.load(f"hf:{tmp_path}", "val")) == [100, 101, 102]
+
+
+@pytest.mark.parametrize("asked", ["val", "dev", "Validation", "valid"])
+def test_splits_go_by_many_names(both, tmp_path, asked):
+    data = datasets.DatasetDict(training=both["train"], valid=both["test"], extra=both["test"])
+    data.save_to_disk(str(tmp_path))
+    assert sources.load(f"hf:{tmp_path}", "train").name == f"hf:{tmp_path} training"
+    assert sources.load(f"hf:{tmp_path}", asked).name == f"hf:{tmp_path} valid"
+    assert "no split 'tset'; it has training, extra, valid" in message(tmp_path, "tset")
 
 
 def test_sources_can_be_pickled_and_indexed_from_the_end(both, tmp_path):

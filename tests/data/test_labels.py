@@ -97,8 +97,10 @@ def test_a_column_may_say_which_split(images):
         ("2.png", 0),
     ]
     assert rows(sources.load(f"folder:{images}", "val")) == [("3.png", 1), ("4.png", 0)]
-    write(images / "labels.csv", "file,label,split", "0.png,a,dev")
-    assert "line 2 has split 'dev'; use one of train, val" in message(images)
+    write(images / "labels.csv", "file,label,split", "0.png,a,spare")
+    assert "line 2 has split 'spare'; use one of train, training, val" in message(images)
+    write(images / "labels.csv", "file,label,split", "0.png,a,Training", "1.png,a,dev")
+    assert rows(sources.load(f"folder:{images}", "validation")) == [("1.png", 0)]
 
 
 @pytest.mark.parametrize("inside", ["", "train/"])
@@ -109,7 +111,7 @@ def test_splits_made_by_you(tmp_path, inside):
     assert rows(sources.load(f"folder:{tmp_path}", "train")) == [("0.png", 1), ("1.png", 0)]
     assert rows(sources.load(f"folder:{tmp_path}", "val")) == [("2.png", 1)]
     assert sources.split_names(f"folder:{tmp_path}") == ("train", "validation")
-    assert "has no split 'dev'; it has train, validation" in message(tmp_path, "dev")
+    assert "has no split 'spare'; it has train, validation" in message(tmp_path, "spare")
 
 
 def test_the_layout_of_imagefolder(tmp_path):
@@ -208,11 +210,120 @@ def test_a_split_has_no_classes_of_its_own(images, train, val):
     )
 
 
+# --- tables as other people have them --------------------------------------------------------
+
+
+def test_ids_without_an_ending_in_a_folder_beside_the_table(tmp_path):
+    """Kaggle's layout: labels.csv with `id,breed`, and the images of both splits in folders."""
+    touch(tmp_path, "train/0a1.jpg", "train/b.c.png", "train/7.jpeg", "test/zz.jpg")
+    write(tmp_path / "labels.csv", "id,breed", "0a1,pug", "b.c,collie", "7,pug")
+    source = sources.load(f"folder:{tmp_path}", "all")
+    assert rows(source) == [("0a1.jpg", 1), ("7.jpeg", 1), ("b.c.png", 0)]
+    touch(tmp_path, "train/7.png")
+    assert "names '7', and there are '7.jpeg' and '7.png'; add the ending" in message(tmp_path)
+
+
+def test_names_with_backslashes_and_tables_in_capitals(tmp_path):
+    touch(tmp_path, "cat/0.png", "dog/1.png")
+    write(tmp_path / "Labels.CSV", "Image,Label", "cat\\0.png,x", ".\\dog\\1,y")
+    source = sources.load(f"folder:{tmp_path}", "all")
+    assert rows(source) == [("0.png", 0), ("1.png", 1)]
+    touch(tmp_path, "cat/a\\b.png")  # which is a name, too, where it exists
+    write(tmp_path / "Labels.CSV", "Image,Label", "cat/a\\b.png,x")
+    assert rows(sources.load(f"folder:{tmp_path}", "all")) == [("a\\b.png", 0)]
+
+
+def test_the_folder_of_a_split_is_found_by_its_name(tmp_path):
+    touch(tmp_path, "train_images/1.png", "test_images/1.png")
+    write(tmp_path / "train.csv", "image_id,label", "1,x")
+    assert rows(sources.load(f"folder:{tmp_path}", "train")) == [("1.png", 0)]
+    (tmp_path / "train_images").rename(tmp_path / "other")
+    assert "lies in each of 'other', 'test_images' beside it" in message(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("head", "line", "options"),
+    [
+        ("id,breed,size", "0,x,big", ",label=breed"),
+        ("thumb,image,breed,label", "9.png,0.png,x,9", ",label=Breed"),
+        ("label,mask,img", "x,1.png,0.png", ""),
+        ("label,mask,img", "x,0.png,1.png", ",image=mask"),
+        (",image,target", "17,0.png,x", ""),
+        ("image,target,category", "0.png,9,x", ""),
+    ],
+)
+def test_columns_by_convention_or_by_choice(images, head, line, options):
+    write(images / "t.csv", head, line)
+    source = sources.load(f"folder:{images}/t.csv{options}", "all")
+    assert (rows(source), source.class_names) == ([("0.png", 0)], ("x",))
+
+
+def test_a_choice_that_is_left_open_is_refused(images):
+    write(images / "t.csv", "image,kind,breed", "0.png,a,b")
+    said = message(f"{images}/t.csv")
+    assert "has columns image, kind, breed, none of which holds labels" in said
+    assert f"or give folder:{images}/t.csv,label=NAME" in said
+    assert "and no 'size'; give label=NAME with one of them" in message(
+        f"{images}/t.csv,label=size"
+    )
+    assert "an option without a value, or one twice" in message(f"{images}/t.csv,label=")
+    assert "has classes=deep: use outer or inner" in message(f"{images},classes=deep")
+    assert "so that label=size has no meaning; give folder:" in message(f"{images},label=size")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        (["True", "False", "True"], ("False", "True")),
+        (["1.0", "0.0", "1.0"], ("0", "1")),
+        (["1.0", "0", "1"], ("0", "1")),
+    ],
+)
+def test_booleans_and_whole_floats_are_labels(images, labels, names):
+    write(images / "labels.csv", "file,label", *(f"{i}.png,{x}" for i, x in enumerate(labels)))
+    values = [json.loads(x.lower()) for x in labels]
+    lines = [json.dumps({"file": f"{i}.png", "label": x}) for i, x in enumerate(values)]
+    write(images / "t.jsonl", *lines)
+    for name in ("labels.csv", "t.jsonl"):
+        source = sources.load(f"folder:{images}/{name}", "all")
+        assert source.class_names == names
+        assert rows(source) == [("0.png", 1), ("1.png", 0), ("2.png", 1)]
+
+
+def test_labels_that_look_like_something_else_are_told_of(images, capsys):
+    write(images / "t.csv", "file,label", "0.png,cat", "1.png,dog", "2.png,cat dog")
+    assert sources.load(f"folder:{images}/t.csv", "all").class_names == (
+        "cat",
+        "cat dog",
+        "dog",
+    )
+    said = capsys.readouterr().err
+    assert "class 'cat dog': if these are several labels" in said
+    assert "data.multi_label=space" in said
+    write(images / "u.csv", "file,label", "0.png,1.5", "1.png,2.0")
+    assert sources.load(f"folder:{images}/u.csv", "all").class_names == ("1.5", "2.0")
+    assert "labels such as 1.5, which are taken for names" in capsys.readouterr().err
+    write(images / "v.csv", "file,label", "0.png,big cat", "1.png,big dog")
+    sources.load(f"folder:{images}/v.csv", "all")
+    assert "several" not in capsys.readouterr().err
+
+
+def test_a_table_beside_class_folders_says_what_it_leaves_out(tmp_path, capsys):
+    touch(tmp_path, *(f"{name}/{i}.png" for name in ("cat", "dog") for i in range(5)))
+    write(tmp_path / "labels.csv", "file,label", "cat/0.png,tom", "dog/1.png,rex")
+    assert sources.load(f"folder:{tmp_path}", "all").class_names == ("rex", "tom")
+    said = capsys.readouterr().err
+    assert "labels.csv' lists 2 images, and 8 others below" in said
+    assert f"for that give folder:{tmp_path},classes=outer" in said
+    by_folder = sources.load(f"folder:{tmp_path},classes=outer", "all")
+    assert (by_folder.class_names, len(by_folder)) == (("cat", "dog"), 10)
+
+
 # --- errors -------------------------------------------------------------------------------
 
 
 def test_missing_and_double_images_are_found_before_training(images):
-    write(images / "labels.csv", "file,label", "0.png,a", "x.png,b", "1,b", "no/2.png,a")
+    write(images / "labels.csv", "file,label", "0.png,a", "x.png,b", "11,b", "no/2.png,a")
     said = message(images)
     assert f"'{images}/labels.csv' line 3 names 'x.png', which does not exist below" in said
     assert "and 2 more are missing; correct the names (endings belong to them)" in said
@@ -223,9 +334,17 @@ def test_missing_and_double_images_are_found_before_training(images):
 @pytest.mark.parametrize(
     ("name", "lines", "part"),
     [
-        ("labels.csv", ["id,label", "0.png,a"], "has columns id, label, none of which holds "),
-        ("labels.csv", ["id,label", "0.png,a"], "call one of them file_name or filename or"),
-        ("labels.csv", ["file,kind", "0.png,a"], "none of which holds labels; call one of"),
+        (
+            "labels.csv",
+            ["who,label", "0.png,a"],
+            "has columns who, label, none of which holds ",
+        ),
+        ("labels.csv", ["who,label", "0.png,a"], "call one of them file_name or filename or"),
+        (
+            "labels.csv",
+            ["file,kind,size", "0.png,a,1"],
+            "none of which holds labels; call one of",
+        ),
         ("labels.csv", ["file,label"], "labels.csv' lists no images; add a line for each"),
         ("labels.csv", [], "none of which holds image files"),
         ("labels.csv", ["file,label", ",a"], "line 2 has no 'file'; name an image"),

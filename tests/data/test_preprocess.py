@@ -271,3 +271,81 @@ def test_ranges_that_do_not_fit_are_explained():
 )  # fmt: skip
 def test_a_transform_for_another_size_keeps_the_share_of_its_crop(spec, expected):
     assert preprocess.rescale(spec, (224, 224), (384, 384)) == expected
+
+
+# ---- sizes that need not be square, and crops of smaller images --------------------------
+
+
+def test_resize_takes_a_rectangle(photo):
+    out = parse_transform("resize('bicubic', size=(40, 60))|center_crop", (32, 48))(photo)
+    assert out.size == (48, 32)
+    whole = parse_transform("resize('bicubic', (40, 60))", (40, 60))(photo)
+    assert whole.size == (60, 40)
+    box = (6, 4, 54, 36)
+    np.testing.assert_array_equal(array(out), array(whole.crop(box)))
+
+
+@pytest.mark.parametrize(
+    ("size", "fit", "expected"),
+    [
+        ((40, 30), "cover", (40, 60)),  # the photo is 80 x 120
+        ((40, 30), "inside", (20, 30)),
+        (40, "cover", (40, 60)),
+        (40, "inside", (27, 40)),
+        ((10, 120), "cover", (80, 120)),
+    ],
+)
+def test_resize_fit_keeps_the_aspect(photo, size, fit, expected):
+    assert photo.size == (120, 80)
+    out = parse_transform(f"resize_fit({size}, fit='{fit}')", expected)(photo)
+    assert (out.height, out.width) == expected
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("fill", [0, 7])
+def test_a_crop_fills_what_a_smaller_image_lacks(mode, fill):
+    image = Image.fromarray(np.full((3, 6), 200, np.uint8)).convert(mode)
+    out = array(parse_transform(f"center_crop(fill={fill})", (6, 4))(image))
+    expected = np.full((6, 4), fill, np.uint8)
+    expected[1:4] = 200  # a line above, two below
+    np.testing.assert_array_equal(out[..., 0] if mode == "RGB" else out, expected)
+    with pytest.raises(UserError, match="needs an image of at least 6 x 4"):
+        parse_transform("center_crop", (6, 4))(image)
+
+
+def test_a_crop_fills_with_a_colour(photo):
+    out = array(parse_transform("center_crop(fill=(1, 2, 3))", (100, 120))(photo))
+    assert tuple(out[0, 0]) == (1, 2, 3)
+    grey = photo.convert("L")
+    with pytest.raises(UserError, match="a colour of 3 channels, not 1"):
+        parse_transform("center_crop(fill=(1, 2, 3))", (100, 120))(grey)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resize(size=(3, 4, 5))", "size cannot be"),
+        ("resize(size=(0, 4))", "size cannot be"),
+        ("resize(size=2.5)", "size cannot be"),
+        ("resize_shorter((3, 4))", "size cannot be"),
+        ("resize_fit(0)", "size cannot be 0"),
+        ("resize_fit(9, fit='around')", "a fit among cover, inside"),
+        ("resize('bicubic', rounding='floor')", "rounding cannot be 'floor'"),
+        ("resize_shorter(9, 'area', rounding='up')", "a rounding among nearest, floor"),
+        ("center_crop(fill=256)", "fill cannot be 256"),
+        ("center_crop(fill=(0, 'red'))", "fill cannot be"),
+    ],
+)
+def test_mistakes_in_the_new_arguments_are_explained(spec, message):
+    with pytest.raises(UserError, match=message):
+        parse_transform(spec, (8, 8))
+
+
+def test_rescaling_of_rectangles_and_fits():
+    old, new = (224, 224), (112, 112)
+    assert preprocess.rescale("resize('bicubic', size=(256, 240))|center_crop", old, new) == (
+        "resize('bicubic', size=(128, 120))|center_crop"
+    )
+    assert preprocess.rescale("resize_fit((256, 240))|center_crop(fill=8)", old, new) == (
+        "resize_fit((128, 120))|center_crop(fill=8)"
+    )

@@ -112,3 +112,32 @@ def test_an_image_that_pil_keeps_in_several_blocks(photos, engine):
     small = np.asarray(resize(large, (large.height, 300), "bicubic"), int)
     expected = np.asarray(large.resize((300, large.height), 3), int)
     assert np.abs(small - expected).max() <= (1 if engine == "cykooz" else 0)
+
+
+@pytest.mark.parametrize("method", ["bilinear", "area"])
+def test_rounding_down_cuts_off_the_fraction(photos, method):
+    """As big_vision casts: half a level darker on average, never more than one."""
+    for photo in photos:
+        nearest = np.asarray(resize(photo, (97, 131), method), int)
+        floor = np.asarray(resize(photo, (97, 131), method, "floor"), int)
+        assert (nearest - floor).min() >= 0 or method == "bilinear"  # cykooz rounds twice
+        assert abs(nearest - floor).max() <= 1
+        assert (nearest - floor).mean() == pytest.approx(0.5, abs=0.1)
+        assert np.asarray(resize(photo.crop((0, 0, 7, 7)), (7, 7), method, "floor")).any()
+
+
+def test_rounding_down_is_exact_where_a_level_is_meant():
+    flat = Image.fromarray(np.full((31, 17), 100, np.uint8))
+    for method in ("bilinear", "area"):
+        assert set(np.asarray(resize(flat, (9, 23), method, "floor")).ravel()) == {100}
+    halves = Image.fromarray(np.array([[10, 11], [10, 11]], np.uint8))
+    assert np.asarray(resize(halves, (1, 1), "area", "floor")).item() == 10
+    assert np.asarray(resize(halves, (1, 1), "area")).item() == 11
+
+
+@pytest.mark.parametrize(("method", "code"), [("box", 4), ("hamming", 5), ("nearest", 0)])
+def test_pillows_other_filters(photos, method, code):
+    for photo in photos:
+        got = np.asarray(resize(photo, (100, 77), method), int)
+        expected = photo.resize((77, photo.height), code).resize((77, 100), code)
+        np.testing.assert_array_equal(got, np.asarray(expected, int))

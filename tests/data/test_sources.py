@@ -163,7 +163,7 @@ def test_synthetic_defaults_to_imagenet_sizes():
     assert len(sources.load("synthetic,examples=3", "train")) == 3
 
 
-@pytest.mark.parametrize("argument", ["224", "8x8x2", "classes=0", "colour=red", "8x8"])
+@pytest.mark.parametrize("argument", ["224", "8x8x0", "classes=0", "colour=red", "8x8"])
 def test_a_malformed_synthetic_source_is_explained(argument):
     with pytest.raises(UserError, match="is not understood; write it like synthetic:224x224x3"):
         sources.load(f"synthetic:{argument}", "train")

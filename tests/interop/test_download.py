@@ -288,6 +288,23 @@ def test_augreg_picks_the_best_upstream_run(name, stem, server, cache):
     assert len(server.requests) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("augreg:B16", "augreg:B_16"),
+        ("augreg:b_16", "augreg:B_16"),
+        ("augreg:ViT-B_16", "augreg:B_16"),
+        ("augreg:R26-S_32", "augreg:R26_S_32"),
+        ("google:ViT-B16", "google:ViT-B_16"),
+        ("google:imagenet21k/B_16.npz", "google:imagenet21k/ViT-B_16"),
+        ("google:R50-ViT-B_16", "google:R50+ViT-B_16"),
+    ],
+)
+def test_a_name_that_was_meant_otherwise_is_told_without_a_network(name, meant, server):
+    assert refusal(name).endswith(f"write {meant}.")
+    assert server.paths() == []
+
+
 def test_augreg_full_name_needs_no_index(server):
     stem = "B_16-i21k-300ep-lr_0.001-wd_0.1--imagenet2012-steps_20k-lr_0.03-res_384"
     server.files[f"/vit_models/augreg/{stem}.npz"] = File(BYTES)

@@ -82,6 +82,10 @@ def test_big_visions_layers_stacked_in_bfloat16_without_a_class_position(tmp_pat
     rounded = {k: v.astype(np.float32) for k, v in rounded.items()}
     rounded[POSITIONS][:, 0] = 0
     same(found.params, nest(rounded))
+    assert any("class token has no position" in note for note in found.notes)
+    assert found.eval_transform == (
+        "resize_shorter(36, method='area', rounding='floor')|center_crop"
+    )
 
 
 def test_sine_cosine_positions_have_no_array(tmp_path):

@@ -164,7 +164,12 @@ def test_labels(tmp_path, labels, expected):
         ({}, "imagenet", "resize(method='bicubic')", False),
         ({"size": 32}, "imagenet", "resize(method='bicubic')", False),
         ({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}, "inception", None, False),
-        ({"image_mean": [0.1] * 3}, "inception", None, True),
+        (
+            {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5] * 3},
+            "mean=0.1,0.2,0.3 std=0.5",
+            None,
+            False,
+        ),
         ({"image_mean": "grey"}, "inception", None, True),
         ({"resample": [3]}, "imagenet", "resize(method='bilinear_antialias')", True),
         ({"size": [1, 2]}, "imagenet", "resize(method='bilinear_antialias')", True),

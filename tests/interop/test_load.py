@@ -1,6 +1,7 @@
 """Recognising files, and what the families promise to the rest of the house."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from tests.interop.tiny_models import model
 from vit_jax.data.preprocess import VALUE_RANGES, parse_transform
 from vit_jax.errors import UserError
-from vit_jax.interop import files, google, huggingface, timm
+from vit_jax.interop import checkpoints_page, files, google, huggingface, timm
 from vit_jax.interop.families import FAMILIES
 from vit_jax.interop.load import load_weights
 from vit_jax.interop.positions import METHODS
@@ -60,3 +61,11 @@ def test_every_variant_has_its_name():
     for size, shape in VARIANTS.items():
         cfg = ViTConfig((28, 28), 3, 14, num_classes=0, **shape._asdict())
         assert variant_name(cfg) == f"{size}/14"
+
+
+def test_the_page_of_checkpoints_is_up_to_date():
+    """`python -m vit_jax.interop.checkpoints_page > docs/checkpoints.md` makes it so."""
+    path = Path(__file__).parents[2] / "docs" / "checkpoints.md"
+    assert path.read_text() == checkpoints_page.page()
+    for name in FAMILIES:
+        assert f"| {name} |" in checkpoints_page.page()

@@ -6,6 +6,7 @@ the number of threads and processes.
 """
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +22,18 @@ DEFAULT_SHARE = 0.01  # of a data set may be bad
 
 
 class BadImages:
-    """The bad images of a source that were met so far."""
+    """The bad images of a source that were met so far.
 
-    def __init__(self, source: Source, limit: int) -> None:
-        self.source, self.limit = source, limit
+    `try_out` does with an example what makes it a bad one.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        limit: int,
+        try_out: Callable[[dict[str, Any]], object] = lambda example: decode(example, None),
+    ) -> None:
+        self.source, self.limit, self.try_out = source, limit, try_out
         self.reasons: dict[int, str] = {}  # by position in the source
 
     def add(self, i: int, reason: str | None = None) -> None:
@@ -36,7 +45,7 @@ class BadImages:
         if i in self.reasons:
             return
         # Only its position comes out of a worker process, so what ails it is found again.
-        self.reasons[i] = reason or _reason(self.source, i)
+        self.reasons[i] = reason or self._reason(i)
         count = len(self.reasons)
         if count > self.limit:
             raise UserError(
@@ -47,13 +56,12 @@ class BadImages:
             _told.add(self.reasons[i])
             print(f"left out ({count}): {self.reasons[i]}", file=sys.stderr, flush=True)
 
-
-def _reason(source: Source, i: int) -> str:
-    try:
-        decode(source[i], None)
-    except BadImage as error:
-        return str(error)
-    return f"image {source[i]['name']} could not be decoded before, but now can."
+    def _reason(self, i: int) -> str:
+        try:
+            self.try_out(self.source[i])
+        except BadImage as error:
+            return str(error)
+        return f"image {self.source[i]['name']} could not be decoded before, but now can."
 
 
 @dataclass(frozen=True)
@@ -76,12 +84,18 @@ class Replacing:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         """Raises UserError if more than `limit` bad images follow each other."""
+        return self.good(i, lambda example: example)
+
+    def good(self, i: int, use: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+        """What `use` makes of example i, or of the next of which it makes something.
+
+        Raises UserError as above; `use` raises BadImage for what it cannot use.
+        """
         i = range(len(self))[i]
         for tries in range(min(self.limit + 1, len(self))):
             try:
                 example = self.source[(i + tries) % len(self)]
+                return use({**example, "bad": i if tries else NONE})
             except BadImage as error:
                 failure = error
-            else:
-                return {**example, "bad": i if tries else NONE}
         raise failure

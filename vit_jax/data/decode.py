@@ -1,4 +1,4 @@
-"""From an encoded example to an upright 8-bit PIL image.
+"""From an encoded example to an upright PIL image of 8 bits, or to channels of 8 or 16.
 
 What is no picture (empty, cut off, another kind of file, a decompression bomb, pixels that 8
 bits cannot show) is a `BadImage`, which a run may skip and count; a file that is gone or may
@@ -8,12 +8,15 @@ middle of a JPEG's data: libjpeg decodes on, and Pillow does not pass its warnin
 
 import contextlib
 import io
+import os
 import zlib
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from vit_jax.data import tiff
+from vit_jax.data.planes import OtherChannels, Planes, with_channels, with_depth
 from vit_jax.errors import UserError
 
 # Pillow reads 40 more, among them EPS, for which it runs another program on the file. It asks
@@ -32,46 +35,141 @@ class BadImage(UserError):
     """What should be a picture is none; the message names it."""
 
 
-def decode(example: dict[str, Any], channels: int | None) -> Image.Image:
-    """The image of an example, upright, in mode L (1 channel) or RGB (3).
+def decode(example: dict[str, Any], channels: int | None, bits: int | None = 8) -> Any:
+    """The image of an example, upright: in mode L (1 channel) or RGB (3), else as `Planes`.
 
-    Takes files and bytes in one of `FORMATS`, and uint8 arrays of shape (H, W), (H, W, 1),
-    (H, W, 3) or (H, W, 4); an image that is decoded already comes back as it is. With
-    `channels=None`, grey images stay grey. Of an animation the first frame counts.
-    Transparency is dropped and the colours below it stay, as TensorFlow and torchvision have
-    it. 16-bit grey is scaled to 8 bits. An image of more than twice
-    `PIL.Image.MAX_IMAGE_PIXELS` (179 million pixels in all) is refused before it is decoded.
+    Takes files and bytes in one of `FORMATS`, of NumPy (.npy), and uint8 or uint16 arrays of
+    shape (H, W), (H, W, C), or of a file (C, H, W); an image that is decoded already comes back
+    as it is. Of an animation the first frame counts.
+
+    With `channels=None`, an image keeps those that it has. Transparency is kept as the last of
+    2 or 4 channels; of 1 or 3 it is dropped and the colours below it stay, as TensorFlow and
+    torchvision have it. With 8 `bits`, 16-bit images are scaled to 8; with 16, `Planes` have
+    16, whatever the image has; with None, arrays and images of other channels keep theirs.
+
+    An image of more than twice `PIL.Image.MAX_IMAGE_PIXELS` (179 million pixels in all) is
+    refused before it is decoded.
 
     Raises:
-      BadImage: the image is broken or none.
-      UserError: its file cannot be read.
+      BadImage: the image is broken or none, or has other channels.
+      UserError: its file cannot be read, or there are no such channels.
     """
-    if channels not in (1, 3, None):
-        raise UserError(f"images can be decoded to 1 or 3 channels, but not to {channels}.")
+    if channels not in (1, 3, None) or bits != 8:
+        check_channels(channels, bits)
     encoded, name = example["image"], example["name"]
-    if isinstance(encoded, Image.Image):
+    if isinstance(encoded, Image.Image | Planes):
         return encoded
     try:
-        if isinstance(encoded, np.ndarray):
-            return _to_mode(_from_array(encoded), channels)
-        if not isinstance(encoded, bytes):
+        if isinstance(encoded, str | os.PathLike):
             # Unbuffered, as the whole is wanted: 6 us instead of the 10 of `Path.read_bytes`.
             with open(encoded, "rb", buffering=0) as file:
                 encoded = file.read()
-        _check_png(encoded)
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            image.load()  # an error of the pixels must not pass for one of the notes
-            return _to_mode(_upright(image), channels)
+        return _decode(encoded, channels, bits)
     except UnidentifiedImageError as error:
         what = "in no format that can be read" if encoded else "empty"
         raise BadImage(f"image {name} is {what}; repair or remove it.") from error
+    except OtherChannels as error:
+        raise BadImage(
+            f"image {name} has {error}, and data.channels is {channels}; set that to what the "
+            f"images have, or store this one so."
+        ) from error
     # Given broken data, Pillow's plugins raise nearly every built-in exception.
     except Exception as error:
         # Only errors of the system have a number: the file is gone, or may not be read.
         system = isinstance(error, OSError) and error.errno is not None
+        reason = str(error) or type(error).__name__
         raise (UserError if system else BadImage)(
-            f"image {name} cannot be decoded ({error}); repair or remove it."
+            f"image {name} cannot be decoded ({reason}); repair or remove it."
         ) from error
+
+
+def check_channels(channels: int | None, bits: int | None) -> None:
+    """Raises UserError for what no image can have."""
+    if channels is not None and (type(channels) is not int or channels < 1):
+        raise UserError(f"data.channels is {channels!r}: use 1 for grey, 3 for RGB, or more.")
+    if bits not in (8, 16, None):
+        raise UserError(f"data.bits is {bits!r}: use 8 or 16.")
+
+
+def _decode(encoded: Any, channels: int | None, bits: int | None) -> Any:
+    if isinstance(encoded, bytes) and encoded.startswith(NUMPY):
+        encoded = _from_numpy_file(encoded, channels)
+    if isinstance(encoded, np.ndarray):
+        return _from_array(encoded, channels, bits)
+    if channels not in (1, 3, None) or bits == 16:
+        return _to_planes(_pixels(encoded), channels, bits)
+    _check_png(encoded)
+    try:
+        return _by_pillow(encoded, channels)
+    except UnidentifiedImageError:
+        if channels is None and encoded.startswith(tiff.MAGIC):
+            return _to_planes(tiff.read(encoded), None, bits)
+        raise
+
+
+def _by_pillow(encoded: bytes, channels: int | None) -> Image.Image:
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        image.load()  # an error of the pixels must not pass for one of the notes
+        return _to_mode(_upright(image), channels)
+
+
+def _to_planes(pixels: np.ndarray, channels: int | None, bits: int | None) -> Planes:
+    return Planes.of(with_channels(with_depth(pixels, bits), channels))
+
+
+def _pixels(encoded: bytes) -> np.ndarray:
+    """(H, W, C) uint8 or uint16, with all channels and levels that are stored."""
+    if encoded.startswith(tiff.MAGIC):
+        with contextlib.suppress(tiff.Unsupported):  # of 8 bits Pillow reads more
+            return tiff.read(encoded)
+    _check_png(encoded)
+    with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        if image.format == "PNG" and (tile := image.tile[0]).args in _WIDE_PNG:
+            return _wide_png(encoded, tile.args)
+        image.load()
+        return _channels(_upright(image))
+
+
+# Pillow's names for pixels of 16 bits that it reads at 8. It has the other half as well: what
+# is the high byte of numbers stored the other way round.
+_WIDE_PNG = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L"}
+
+
+def _wide_png(encoded: bytes, high: str) -> np.ndarray:
+    halves = []
+    for args in (high, _WIDE_PNG[high]):
+        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+            image.tile = [image.tile[0]._replace(args=args)]
+            image.load()
+            halves.append(np.asarray(_upright(image)).astype(np.uint16))
+    return halves[0] << 8 | halves[1]
+
+
+def _channels(image: Image.Image) -> np.ndarray:
+    """The channels of an image that Pillow has decoded."""
+    if image.mode.startswith("I"):
+        wide = np.asarray(image)
+        _check_wide(wide)
+        return wide.astype(np.uint16)[..., None]
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point; store them as 8- or 16-bit")
+    if "transparency" in image.info:
+        image = image.convert("RGBA" if image.mode in ("P", "RGB") else "LA")
+    if image.mode not in ("L", "LA", "RGB", "RGBA", "CMYK"):
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    pixels = np.asarray(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+NUMPY = b"\x93NUMPY"
+
+
+def _from_numpy_file(encoded: bytes, channels: int | None) -> np.ndarray:
+    """The array in an .npy file, its channels last: (C, H, W) is turned where C is wanted."""
+    pixels: np.ndarray = np.load(io.BytesIO(encoded), allow_pickle=False)
+    if pixels.ndim == 3 and channels == pixels.shape[0] != pixels.shape[2]:
+        pixels = np.moveaxis(pixels, 0, -1)
+    return pixels
 
 
 def _check_png(encoded: bytes) -> None:
@@ -88,12 +186,15 @@ def _check_png(encoded: bytes) -> None:
         start = end
 
 
-def _from_array(pixels: np.ndarray) -> Image.Image:
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or 0 in pixels.shape:
+def _from_array(pixels: np.ndarray, channels: int | None, bits: int | None) -> Any:
+    if pixels.ndim not in (2, 3) or 0 in pixels.shape:
         raise ValueError(f"an array of {pixels.dtype} {pixels.shape} is no 8-bit image")
-    return Image.fromarray(pixels)
+    pixels = with_depth(pixels if pixels.ndim == 3 else pixels[..., None], bits)
+    narrow = pixels.dtype == np.uint8 and bits != 16
+    if narrow and channels in (1, 3, None) and pixels.shape[2] in (1, 3, 4):
+        image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+        return _to_mode(image, channels)
+    return Planes.of(with_channels(pixels, channels))
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -106,11 +207,15 @@ def _upright(image: Image.Image) -> Image.Image:
     return image
 
 
+def _check_wide(wide: np.ndarray) -> None:
+    if wide.min() < 0 or wide.max() > 65535:
+        raise ValueError("its pixels have more than 16 bits; store them as 8-bit")
+
+
 def _to_mode(image: Image.Image, channels: int | None) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit grey, for which Pillow has several names
         wide = np.asarray(image).astype(np.float64)
-        if wide.min() < 0 or wide.max() > 65535:
-            raise ValueError("its pixels have more than 16 bits; store them as 8-bit")
+        _check_wide(wide)
         image = Image.fromarray(np.rint(wide / 257).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point; store them as 8-bit")

@@ -1,14 +1,34 @@
 """Labelled image files by the million: compact, and in an order that their names alone fix."""
 
+import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from pathlib import Path
+from typing import Any, NamedTuple, overload
 
 import numpy as np
+from PIL import Image
 
-from vit_jax.data.sources import digest
+from vit_jax.data.decode import FORMATS
+from vit_jax.data.sources import digest, plain_label, renumber
+from vit_jax.errors import UserError
+
+# Formats that `decode` reads, as far as this Pillow has them; `.pfm` is floating-point.
+_COMMON = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+EXTENSIONS = _COMMON + tuple(
+    ending
+    for ending, form in sorted(Image.registered_extensions().items())
+    if form in FORMATS and ending not in (*_COMMON, ".pfm")
+)
+ARRAYS = (".npy",)  # are images where there are no others
+
+# Folders that systems make for themselves; as for all names with a dot in front, nobody means
+# what is in them.
+_OF_SYSTEMS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information")
 
 HELD_OUT_SHARE = 0.2
 SPLITS = ("train", "test", "all")
@@ -57,9 +77,130 @@ class Paths(Sequence[str]):
         return Paths(np.frombuffer(joined, np.uint8), np.cumsum(lengths))
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is passed over by every command."""
+    return name.startswith(".") or name.casefold() in _OF_SYSTEMS
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one; a link to itself is nothing."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+class Found(NamedTuple):
+    """What lies in a folder: paths relative to where the search began.
+
+    Attributes:
+      images: files that `EXTENSIONS` names.
+      arrays: files that `ARRAYS` names.
+      passed: how many other files there are, by ending, and `hidden` ones.
+    """
+
+    images: list[str]
+    arrays: list[str]
+    passed: Counter[str]
+
+    def files(self) -> list[str]:
+        """The images, or else the arrays."""
+        return self.images or self.arrays
+
+
+def search(root: str | Path, start: str, dates: dict[str, int]) -> Found:
+    """Looks through `root/start` and the folders in it, and notes the dates of folders.
+
+    A folder that is a link to one that it lies in is not entered.
+    """
+    found = Found([], [], Counter())
+    pending: list[tuple[str, frozenset[tuple[int, int]]]] = [(start, frozenset())]
+    while pending:
+        folder, above = pending.pop()
+        try:
+            inside = _look_into(os.path.join(root, folder), folder, above, dates)
+        except OSError as error:
+            raise UserError(
+                f"folder {os.path.join(root, folder)!r} cannot be read ({error.strerror}); let "
+                "it be read, or move it away."
+            ) from error
+        for name, path, identities in inside:
+            if is_hidden(name):
+                found.passed["hidden"] += 1
+            elif identities is not None:
+                pending.append((path, identities))
+            else:
+                _sort(name, path, found)
+    return found
+
+
+_Identities = frozenset[tuple[int, int]]
+
+
+def _look_into(
+    place: str, folder: str, above: _Identities, dates: dict[str, int]
+) -> list[tuple[str, str, _Identities | None]]:
+    """(name, path, None) of files, and of folders the identities of those that they lie in."""
+    status = os.stat(place)
+    if (identity := (status.st_dev, status.st_ino)) in above:
+        return []
+    dates[folder] = status.st_mtime_ns
+    found: list[tuple[str, str, _Identities | None]] = []
+    with os.scandir(place) as entries:
+        for entry in entries:
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if is_folder(entry):
+                found.append((entry.name, path, above | {identity}))
+            # To open a pipe would wait for ever; a dead link is an error when read.
+            elif entry.is_symlink() or entry.is_file():
+                found.append((entry.name, path, None))
+    return found
+
+
+def _sort(name: str, path: str, found: Found) -> None:
+    lower = name.lower()
+    if lower.endswith(EXTENSIONS):
+        found.images.append(path)
+    elif lower.endswith(ARRAYS):
+        found.arrays.append(path)
+    else:
+        found.passed[os.path.splitext(lower)[1] or "without an ending"] += 1
+
+
+def passed_over(found: Found) -> Counter[str]:
+    """What is not among `found.files()`."""
+    return found.passed + Counter({".npy": len(found.arrays) if found.images else 0})
+
+
+_told: set[str] = set()  # a folder is looked at again for every split
+
+
+def tell_once(note: str) -> None:
+    """Says it on stderr, unless this process has said it before."""
+    if note not in _told:
+        _told.add(note)
+        print(note, file=sys.stderr)
+
+
+def tell_of_passed(root: str | Path, passed: Mapping[str, int]) -> None:
+    """Says on stderr how many files below `root` are no images, and of which kinds."""
+    if not passed:
+        return
+    count = sum(passed.values())
+    kinds = sorted(passed.items(), key=lambda item: (-item[1], item[0]))
+    listed = ", ".join(f"{n:,} {kind}" for kind, n in kinds[:5]) + ", ..." * (len(kinds) > 5)
+    tell_once(
+        f"note: {count:,} file{'s' * (count > 1)} in {str(root)!r} passed over, as no images: "
+        f"{listed}"
+    )
+
+
 @dataclass(frozen=True)
 class FileSource:
-    """The files `rows` of `files`, relative to `root`, with labels int32 (len(rows),)."""
+    """The files `rows` of `files`, relative to `root`.
+
+    Labels are int32 (len(rows),), or where images have several, bool (len(rows), K).
+    """
 
     root: str
     files: Paths
@@ -72,17 +213,22 @@ class FileSource:
 
     def __getitem__(self, i: int) -> dict[str, Any]:
         path = os.path.join(self.root, self.files[int(self.rows[i])])
-        return {"image": path, "label": int(self.labels[i]), "name": path}
+        return {"image": path, "label": plain_label(self.labels[i]), "name": path}
 
     def fingerprint(self, start: int, stop: int) -> str:
         """Of names relative to `root`, and labels; a million files take 0.1 s."""
         names = self.files.take(self.rows[start:stop])
         return digest(names.ends, names.buffer, self.labels[start:stop])
 
+    def with_classes(self, positions: np.ndarray, names: tuple[str, ...]) -> "FileSource":
+        """As `classes.as_classes` has it."""
+        labels = renumber(self.labels, positions, len(names))
+        return dataclasses.replace(self, labels=labels, class_names=names)
+
 
 @dataclass(frozen=True)
 class Listing:
-    """Files in order, labels int32 (N,), and which of them are held out, bool (N,)."""
+    """Files in order, labels as of `FileSource`, and which of them are held out, bool (N,)."""
 
     files: Paths
     labels: np.ndarray

@@ -24,10 +24,10 @@ class Kept:
     been kept, though.
     """
 
-    def __init__(self, source: Source, channels: int, room: int = ROOM) -> None:
-        self.source, self.channels, self.room = source, channels, room
+    def __init__(self, source: Source, channels: int, room: int = ROOM, bits: int = 8) -> None:
+        self.source, self.channels, self.room, self.bits = source, channels, room, bits
         # By position: label, name, mode, size and pixels.
-        self._kept: dict[int, tuple[int, str, str, tuple[int, int], bytes]] = {}
+        self._kept: dict[int, tuple[Any, str, str, tuple[int, int], bytes]] = {}
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -41,7 +41,9 @@ class Kept:
             label, name, mode, size, pixels = found
             return {"image": Image.frombytes(mode, size, pixels), "label": label, "name": name}
         example = self.source[i]
-        image = decode(example, self.channels)
+        image = decode(example, self.channels, self.bits)
+        if not isinstance(image, Image.Image):
+            return {**example, "image": image}
         small = image.width * image.height <= MOST_PIXELS
         if small and self.room > 0 and not isinstance(example["image"], np.ndarray):
             pixels = image.tobytes()

@@ -2,43 +2,54 @@
 
 PATH/labels.csv                     all images; split here, 80 % and 20 %, or by a column
 PATH/metadata.csv                   the same
-PATH/train.csv  and  PATH/val.csv   splits made by you (or validation.csv, test.csv)
+PATH/train.csv  and  PATH/val.csv   splits made by you (or validation.csv, test.csv, ...)
 PATH/train/metadata.csv  and so on  the same, the layout of Hugging Face's imagefolder
 folder:PATH/any.csv                 this file, whatever it is called
+folder:PATH/any.csv,image=id,label=breed                  and these columns of it
 
 Every name may end in .csv, .tsv or .jsonl instead. Columns (in JSON: keys), in any case and
 order, others are left alone:
 
-  file    file_name, filename, file, image or path: relative to the folder that holds the file
-          of labels, or absolute; for PATH/train.csv also relative to PATH/train
-  label   label, class or class_name: a name, or a number from 0
-  split   optional, only in a file of all images: train, val, validation or test
+  file    file_name, filename, file, image, path, img, id and the like (`FILE_COLUMNS`, the
+          first of them that is there): relative to the folder that holds the file of labels, to
+          a folder beside it that has them, or absolute; an ending that is missing is found
+  label   label, class, class_name, labels and the like (`LABEL_COLUMNS`), or the only other
+          column: a name, or a number from 0
+  split   optional, only in a file of all images: train, val, validation, test and the like
 
 Names of classes are sorted, as those of class folders are. If all labels are whole numbers,
-they are the classes' positions. PATH/classes.txt, one name a line, says what the classes are
+they are the classes' positions. With `data.multi_label` an image may have several labels, or
+none: a list, a text, or a 1 in the columns of its classes, which then make up the table (see
+multi_label.py). PATH/classes.txt, one name a line, says what the classes are
 and which number is whose. All is checked before the first image is read.
 """
 
 import csv
+import dataclasses
 import json
 import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from vit_jax.data import files
+from vit_jax.data import files, listed_files, multi_label
 from vit_jax.data.files import FileSource
-from vit_jax.data.sources import HELD_OUT, pick_split
+from vit_jax.data.sources import SPLITS, pick_split, split_kind
 from vit_jax.errors import UserError
 
 ENDINGS = (".csv", ".tsv", ".jsonl")
-FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
-LABEL_COLUMNS = ("label", "class", "class_name")
-SPLITS = ("train", *HELD_OUT)
+# The first that a file has counts.
+FILE_COLUMNS = (
+    "file_name", "filename", "file", "image", "path", "img", "image_path", "img_path",
+    "file_path", "filepath", "filepaths", "image_name", "img_name", "image_id", "id_code", "id",
+)  # fmt: skip
+LABEL_COLUMNS = ("label", "class", "class_name", "labels", "fine_label", "category", "target")
+_NUMBERING = ("", "unnamed: 0", "index")  # of rows: what tables are saved with
+_NUMBER = re.compile(r"(-?\d+)(?:\.0*)?")  # 2, 002, and 2.0 as tables may have it
 _MOST_CLASSES = 10_000_000  # a larger number is an identifier in the wrong column
 
 
@@ -48,28 +59,51 @@ class Listed:
 
     files: Mapping[str, Path]
     root: Path
+    image: str | None = None  # the columns to use; None: by their names
+    label: str | None = None
+    multi: str | None = None  # how several labels of an image are written: see multi_label.py
+
+    def of(self, kind: str) -> Path | None:
+        """The file of the split that `kind` means, of those there are."""
+        return next((p for name, p in self.files.items() if split_kind(name) == kind), None)
 
 
 class Row(NamedTuple):
     """One line of a file of labels."""
 
     file: str
-    label: str
+    labels: tuple[str, ...]
     split: str
     line: int
+    text: str | None = None  # several labels that are not divided yet
+
+
+class Layout(NamedTuple):
+    """The columns, in lower case: of the file, and of labels, or of each class.
+
+    `classes` has {column: name of the class} of a table of 0 and 1.
+    """
+
+    file: str
+    label: str
+    classes: dict[str, str]
 
 
 def find(root: Path) -> Listed | None:
     """The files of labels in `root`, by their names. Raises UserError if two contradict."""
     found: dict[str, list[Path]] = defaultdict(list)
-    for ending in ENDINGS:
-        found[""] += [root / f"{stem}{ending}" for stem in ("labels", "metadata")]
-        for split in SPLITS:
-            found[split] += [root / f"{split}{ending}", root / split / f"metadata{ending}"]
-    existing = {
-        split: [path for path in paths if path.is_file()] for split, paths in found.items()
-    }
-    existing = {split: paths for split, paths in existing.items() if paths}
+    with os.scandir(root) as entries:
+        for entry in entries:
+            stem, ending = os.path.splitext(entry.name)
+            ending = ending.lower()
+            if ending in ENDINGS and stem.lower() in ("labels", "metadata"):
+                found[""].append(Path(entry.path))
+            elif ending in ENDINGS and split_kind(stem):
+                found[stem].append(Path(entry.path))
+            elif split_kind(entry.name) and files.is_folder(entry):
+                inside = [Path(entry.path, f"metadata{x}") for x in ENDINGS]
+                found[entry.name] += [path for path in inside if path.is_file()]
+    existing = {split: sorted(paths) for split, paths in sorted(found.items()) if paths}
     one_of_each = [paths[0] for paths in existing.values()]
     for several in (*existing.values(), *([one_of_each] if "" in existing else [])):
         if len(several) > 1:
@@ -95,11 +129,13 @@ def listed_in_file(path: Path) -> Listed:
 def split_names(listed: Listed) -> tuple[str, ...]:
     """The splits that share no image. Raises UserError for a file that cannot be read."""
     if "" not in listed.files:
-        return tuple(split for split in SPLITS if split in listed.files)
-    named = {row.split for row in _read(listed.files[""])}
-    if named == {""}:
-        return ("train", "test")
-    return tuple(split for split in SPLITS if split in named)
+        return tuple(sorted(listed.files, key=_place))
+    named = {row.split for row in _read(listed, listed.files[""])}
+    return ("train", "test") if named == {""} else tuple(sorted(named, key=_place))
+
+
+def _place(split: str) -> tuple[int, str]:
+    return ("train", "validation", "test").index(split_kind(split) or ""), split
 
 
 def open_listed(listed: Listed, split: str) -> FileSource:
@@ -112,59 +148,141 @@ def open_listed(listed: Listed, split: str) -> FileSource:
     if "" not in listed.files:
         split = pick_split(split, split_names(listed), f"folder {str(listed.root)!r}")
         path = listed.files[split]
-        rows = list(_read(path))
-        known = list(_read(listed.files["train"])) if "train" in listed.files else rows
+        rows = list(_read(listed, path))
+        training = listed.of("train") or path
+        known = list(_read(listed, training)) if training != path else rows
     else:
-        path = listed.files[""]
-        rows = known = list(_read(path))
+        path = training = listed.files[""]
+        rows = known = list(_read(listed, path))
         if any(row.split for row in rows):
             split = pick_split(split, split_names(listed), repr(str(path)))
-            known = [row for row in rows if row.split == "train"] or rows
+            known = [row for row in rows if split_kind(row.split) == "train"] or rows
             rows = [row for row in rows if row.split == split]
     if not rows:
         raise UserError(f"{str(path)!r} lists no images; add a line for each.")
-    classes = _classes(listed.root, path, known)
+    if listed.multi:
+        texts = [row.text for row in (*known, *rows) if row.text]
+        between = multi_label.separator(listed.multi, texts, repr(str(path)))
+        known, rows = (_divided(part, between) for part in (known, rows))
+    classes = _classes(listed, training, known)
     labels = _labels(path, rows, classes)
-    root = _root(path, listed.root, split, rows)
-    _check_files(path, root, rows)
+    lister = listed_files.Lister()
+    root = listed_files.find_root(path, listed.root, split, rows, lister)
+    rows = listed_files.check(path, root, rows, lister)
     _tell_of_gaps(path, classes.names, labels)
-    of_class: dict[int, list[str]] = {label: [] for label in sorted(set(labels))}
-    for row, label in zip(rows, labels, strict=True):
-        of_class[label].append(row.file)
-    listing = files.arrange(of_class.items())
+    # Where several splits lie in one folder, what one leaves out is another's.
+    alone = len(listed.files) == 1 or split_kind(root.name)
+    if alone and ("" not in listed.files or path.stem.lower() in ("labels", "metadata")):
+        listed_files.tell_of_left_out(listed.root, path, root, rows)
+    listing = (_arrange_hot if listed.multi else _arrange)(rows, labels, classes)
     if "" in listed.files and not rows[0].split:
         split = pick_split(split, files.SPLITS, repr(str(path)))
         return listing.select(split, str(root), classes.names)
     return listing.select("all", str(root), classes.names)
 
 
+def _divided(rows: list[Row], between: str | None) -> list[Row]:
+    return [
+        row if row.text is None else row._replace(labels=multi_label.divide(row.text, between))
+        for row in rows
+    ]
+
+
+def _arrange(
+    rows: list[Row], labels: list[tuple[int, ...]], classes: "Classes"
+) -> files.Listing:
+    of_class: dict[int, list[str]] = {label: [] for (label,) in sorted(set(labels))}
+    for row, (label,) in zip(rows, labels, strict=True):
+        of_class[label].append(row.file)
+    return files.arrange(of_class.items())
+
+
+def _arrange_hot(
+    rows: list[Row], labels: list[tuple[int, ...]], classes: "Classes"
+) -> files.Listing:
+    """With labels bool (N, K); a fifth of all images is held out, whatever their classes."""
+    listing = files.arrange([(0, [row.file for row in rows])])
+    place = {row.file: i for i, row in enumerate(rows)}
+    order = [place[file] for file in listing.files]
+    found = multi_label.hot(labels, len(classes.names))[order]
+    return dataclasses.replace(listing, labels=found)
+
+
 # ---- reading -----------------------------------------------------------------------------
 
 
-def _read(path: Path) -> Iterator[Row]:
+def _read(listed: Listed, path: Path) -> Iterator[Row]:
     """Yields the rows of a file of labels. Raises UserError, naming the line."""
-    columns: tuple[str, str] | None = None
+    layout: Layout | None = None
     try:
-        for line, record in _records(path):
-            record = {str(key).strip().lower(): value for key, value in record.items()}
-            if columns is None:
-                columns, divided = _columns(path, record), "split" in record
-            file, label = (record.get(column) for column in columns)
-            split = record.get("split", "")
+        for line, given in _records(listed, path):
+            layout = layout or _layout(listed, path, given)
+            record = {str(key).strip().lower(): value for key, value in given.items()}
+            file = record.get(layout.file)
             if not isinstance(file, str) or not file.strip():
-                _reject(path, line, f"has no {columns[0]!r}", "name an image")
-            if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-                _reject(path, line, f"has {columns[1]} {label!r}", "give a name or a number")
-            if divided and split not in SPLITS:
+                _reject(path, line, f"has no {layout.file!r}", "name an image")
+            split = str(record.get("split", "")).strip()
+            if "split" in record and not split_kind(split):
                 _reject(path, line, f"has split {split!r}", f"use one of {', '.join(SPLITS)}")
-            yield Row(file.strip(), str(label).strip(), split if divided else "", line)
+            row = Row(file.strip(), (), split, line)
+            yield _with_labels(path, row, layout, record, listed.multi)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(
             f"{str(path)!r} cannot be read ({error}); save it as text in UTF-8."
         ) from error
 
 
-def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _with_labels(
+    path: Path, row: Row, layout: Layout, record: Mapping[str, Any], multi: str | None
+) -> Row:
+    if layout.classes:
+        return row._replace(labels=_hot_columns(path, row.line, layout, record))
+    label = record.get(layout.label)
+    if isinstance(label, list) and not multi:
+        _reject(
+            path,
+            row.line,
+            f"has a list of labels in {layout.label!r}",
+            f"set data.multi_label={multi_label.AUTO} for several labels an image",
+        )
+    several = label if isinstance(label, list) else [label]
+    texts = [_text(each) for each in several]
+    if multi and not isinstance(label, list):
+        return row._replace(text=texts[0] or "")
+    for each, text in zip(several, texts, strict=True):
+        if text is None:
+            _reject(path, row.line, f"has {layout.label} {each!r}", "give a name or a number")
+    return row._replace(labels=tuple(text for text in texts if text is not None))
+
+
+def _hot_columns(
+    path: Path, line: int, layout: Layout, record: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The classes whose column has a 1."""
+    found = []
+    for column, name in layout.classes.items():
+        if (there := multi_label.truth(record.get(column))) is None:
+            _reject(
+                path,
+                line,
+                f"has {name} {record.get(column)!r}, where columns of 0 and 1 are read, one "
+                f"for each class",
+                "remove columns that are no classes, or name the one with labels: "
+                "folder:PATH/FILE,label=NAME",
+            )
+        if there:
+            found.append(name)
+    return tuple(found)
+
+
+def _text(label: Any) -> str | None:
+    """A label as text: `True` of a boolean, `3` of 3.0; None if it cannot be one."""
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    return str(label).strip() or None if isinstance(label, str | int) else None
+
+
+def _records(listed: Listed, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of `path` as dicts, with their numbers."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         if path.suffix.lower() == ".jsonl":
@@ -173,8 +291,8 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield number, _json(path, number, text)
             return
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        reader.fieldnames = [name.strip().lower() for name in reader.fieldnames or ()]
-        _columns(path, dict.fromkeys(reader.fieldnames))
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
+        _layout(listed, path, dict.fromkeys(reader.fieldnames))
         for record in reader:
             yield reader.line_num, record
 
@@ -189,17 +307,46 @@ def _json(path: Path, line: int, text: str) -> dict[str, Any]:
     return record
 
 
-def _columns(path: Path, record: Mapping[str, Any]) -> tuple[str, str]:
-    """The names of the file's and the label's column."""
-    names = []
-    for what, known in (("image files", FILE_COLUMNS), ("labels", LABEL_COLUMNS)):
-        if not (present := [name for name in known if name in record]):
-            raise UserError(
-                f"{str(path)!r} has columns {', '.join(map(str, record))}, none of which holds "
-                f"{what}; call one of them {' or '.join(known)}."
-            )
-        names.append(present[0])
-    return names[0], names[1]
+def _layout(listed: Listed, path: Path, record: Mapping[str, Any]) -> Layout:
+    """What the columns of a table, or the keys of a first line, hold. Raises UserError."""
+    names = {str(key).strip().lower(): str(key).strip() for key in record}
+    file = _column(path, names, names, "image", listed.image, FILE_COLUMNS)
+    others = {key: x for key, x in names.items() if key not in (file, "split", *_NUMBERING)}
+    chosen = listed.label or next((key for key in LABEL_COLUMNS if key in others), None)
+    if len(others) == 1 and not listed.label:
+        return Layout(file, next(iter(others)), {})
+    if listed.multi and len(others) > 1 and not chosen:
+        return Layout(file, "", others)
+    label = _column(path, names, others, "label", listed.label, LABEL_COLUMNS)
+    return Layout(file, label, {})
+
+
+def _class_columns(listed: Listed, path: Path) -> tuple[str, ...]:
+    """The classes of a table of 0 and 1, or none."""
+    _, record = next(_records(listed, path))
+    return tuple(_layout(listed, path, record).classes.values())
+
+
+def _column(
+    path: Path,
+    there: Mapping[str, str],
+    candidates: Mapping[str, str],
+    what: str,
+    chosen: str | None,
+    known: Sequence[str],
+) -> str:
+    listed = f"{str(path)!r} has columns {', '.join(there.values()) or '(none)'}"
+    if chosen is not None:
+        if chosen.lower() not in candidates:
+            raise UserError(f"{listed}, and no {chosen!r}; give {what}=NAME with one of them.")
+        return chosen.lower()
+    if not (present := [name for name in known if name in candidates]):
+        holds = "image files" if what == "image" else "labels"
+        raise UserError(
+            f"{listed}, none of which holds {holds}; call one of them "
+            f"{' or '.join(known[:3])}, or give folder:{path},{what}=NAME."
+        )
+    return present[0]
 
 
 def _reject(path: Path, line: int, what: str, remedy: str) -> NoReturn:
@@ -216,17 +363,30 @@ class Classes(NamedTuple):
     numbered: bool
 
 
-def _classes(root: Path, path: Path, known: list[Row]) -> Classes:
+def _classes(listed: Listed, path: Path, known: list[Row]) -> Classes:
     """The classes of classes.txt, or else of the rows to train on."""
-    numbered = all(re.fullmatch(r"-?\d+", row.label) for row in known)
-    if (given := root / "classes.txt").is_file():
+    numbered = all(_NUMBER.fullmatch(label) for row in known for label in row.labels)
+    if (given := listed.root / "classes.txt").is_file():
         return Classes(_read_classes(given), numbered)
+    if columns := _class_columns(listed, path):
+        return Classes(columns, False)
+    found = {label for row in known for label in row.labels}
+    if not found:
+        raise UserError(f"{str(path)!r} has no label at all; add some to learn from.")
     if not numbered:
-        return Classes(tuple(sorted({row.label for row in known})), False)
+        if not listed.multi:
+            multi_label.tell_of_joined(sorted(found), repr(str(path)))
+        if broken := sorted(label for label in found if re.fullmatch(r"-?\d*\.\d+", label)):
+            files.tell_once(
+                f"note: {str(path)!r} has labels such as {broken[0]}, which are taken for "
+                f"names of classes: numbers of classes are whole"
+            )
+        return Classes(tuple(sorted(found)), False)
     for row in known:
-        if not 0 <= int(row.label) < _MOST_CLASSES:
-            _reject(path, row.line, f"has label {row.label}", "number the classes from 0")
-    return Classes(tuple(map(str, range(max(int(row.label) for row in known) + 1))), True)
+        for label in row.labels:
+            if not 0 <= float(label) < _MOST_CLASSES:
+                _reject(path, row.line, f"has label {label}", "number the classes from 0")
+    return Classes(tuple(map(str, range(max(int(float(x)) for x in found) + 1))), True)
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
@@ -239,68 +399,32 @@ def _read_classes(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _labels(path: Path, rows: list[Row], classes: Classes) -> list[int]:
+def _labels(path: Path, rows: list[Row], classes: Classes) -> list[tuple[int, ...]]:
     """The positions in `classes` of the labels of `rows`."""
     names, numbered = classes
     position = {str(i) if numbered else name: i for i, name in enumerate(names)}
-    labels = []
-    for row in rows:
-        label = row.label.lstrip("0") or "0" if numbered else row.label
+
+    def place(row: Row, given: str) -> int:
+        label = given
+        if numbered and (number := _NUMBER.fullmatch(label)):
+            label = number[1].lstrip("0") or "0"
         if label not in position:
             known = f"{names[0]}, ..., {names[-1]}" if len(names) > 8 else ", ".join(names)
             _reject(
                 path,
                 row.line,
-                f"has label {row.label!r}, which is none of the {len(names)} classes ({known})",
+                f"has label {given!r}, which is none of the {len(names)} classes ({known})",
                 "correct it, or list all classes in classes.txt",
             )
-        labels.append(position[label])
-    return labels
+        return position[label]
+
+    return [tuple(place(row, label) for label in row.labels) for row in rows]
 
 
-def _root(path: Path, root: Path, split: str, rows: list[Row]) -> Path:
-    """The folder that names of files are relative to."""
-    if path.stem == split and not (path.parent / rows[0].file).is_file():
-        inside = root / split
-        if (inside / rows[0].file).is_file():
-            return inside
-    return path.parent
-
-
-def _check_files(path: Path, root: Path, rows: list[Row]) -> None:
-    """Lists every folder once, which is quicker than to ask for every file."""
-    lines: dict[str, int] = {}
-    folders: dict[str, set[str]] = {}
-    missing = []
-    for row in rows:
-        file = os.path.normpath(os.path.join(root, row.file))
-        if file in lines:
-            _reject(
-                path,
-                row.line,
-                f"lists {row.file!r} again, after line {lines[file]}",
-                "keep one of the two",
-            )
-        lines[file] = row.line
-        folder, name = os.path.split(file)
-        if folder not in folders:
-            folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        if name not in folders[folder]:
-            missing.append(row)
-    if missing:
-        others = f", and {len(missing) - 1:,} more are missing" if len(missing) > 1 else ""
-        _reject(
-            path,
-            missing[0].line,
-            f"names {missing[0].file!r}, which does not exist below {str(root)!r}{others}",
-            "correct the names (endings belong to them), or remove the lines",
-        )
-
-
-def _tell_of_gaps(path: Path, classes: tuple[str, ...], labels: list[int]) -> None:
+def _tell_of_gaps(path: Path, classes: tuple[str, ...], labels: list[tuple[int, ...]]) -> None:
     """Numbers from 1, say, leave class 0 without an image."""
-    empty = sorted(set(range(len(classes))) - set(labels))
-    if empty and path.stem in ("labels", "metadata", "train"):
+    empty = sorted(set(range(len(classes))).difference(*labels))
+    if empty and (path.stem in ("labels", "metadata") or split_kind(path.stem) == "train"):
         print(
             f"note: {str(path)!r} has no image of {len(empty)} of the {len(classes)} classes, "
             f"the first of them {classes[empty[0]]!r}",

@@ -23,7 +23,8 @@ from vit_jax.data import bad_images
 from vit_jax.data.bad_images import BadImages, Replacing
 from vit_jax.data.decode import BadImage, decode
 from vit_jax.data.kept import Kept
-from vit_jax.data.preprocess import Transform
+from vit_jax.data.multi_label import is_multi_label
+from vit_jax.data.preprocess import Transform, check_channels
 from vit_jax.data.sources import Source
 from vit_jax.errors import UserError
 
@@ -33,7 +34,7 @@ QUICK = 0.0005
 
 Batch = dict[str, np.ndarray]
 Example = dict[str, Any]  # as a batch, with the bytes of its pixels and plain numbers
-DTYPES = {"label": np.int32, "mask": np.float32, "bad": np.int64}
+DTYPES = {"label": np.int32, "targets": np.float32, "mask": np.float32, "bad": np.int64}
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,10 @@ class Views:
     transform: Transform
     count: int
 
-    def draw(self, image: Image.Image, rng: np.random.Generator | None) -> list[Image.Image]:
-        return [self.transform(image, rng) for _ in range(self.count)]
+    def draw(
+        self, image: Image.Image, rng: np.random.Generator | None, name: str = ""
+    ) -> list[Image.Image]:
+        return [self.transform.of(image, name, rng) for _ in range(self.count)]
 
 
 class Batches(Iterator[Batch]):
@@ -100,13 +103,16 @@ def train_batches(
     threads: int = 16,
     prefetch: int = 2,
     max_bad: float = 0.0,
+    bits: int = 8,
 ) -> Batches:
     """This process's share of the endless batches from step `first_step` on.
 
     Every batch consists of `part_count` equal parts, of which this process reads `parts`, one
     after the other: put in their places, they are what one process would get.
 
-    Yields `image` uint8 (b, H, W, C) and `label` int32 (b,), with b examples in these parts.
+    Yields `image` uint8 (uint16 with 16 `bits`) (b, H, W, C) and `label` int32 (b,), with b
+    examples in these parts. Of a source whose images have several labels, `targets` float32
+    (b, K), of 0 and 1, replace `label`.
     Every epoch is shuffled anew, and batches run across the borders of epochs. `prefetch`
     batches are made ahead, by up to `threads` threads, as many as are of use, or, if there
     are any, by `workers` processes.
@@ -143,9 +149,9 @@ def train_batches(
         raise UserError(f"seed {seed} is out of range; choose one from 0 to 4294967295.")
     views = views or {}
     _check_views(views)
-    prepare = _Prepare(transform, channels, len(source.class_names), views)
-    bad = BadImages(source, int(max_bad * len(source)))
-    decoded = Replacing(Kept(source, channels), bad.limit)
+    prepare = _Prepare.of(source, transform, channels, views, bits)
+    bad = BadImages(source, int(max_bad * len(source)), prepare.try_out)
+    decoded = Replacing(Kept(source, channels, bits=bits), bad.limit)
     # Only positions pass through Grain here: in every example it would look for arrays, to
     # count their bytes, which small images feel.
     places = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
@@ -155,7 +161,7 @@ def train_batches(
     examples = places.random_map(_Augmented(decoded, prepare))
     steps = sys.maxsize // batch_size - first_step
     local = _Local(examples, share, steps)
-    return _iterate(local, prepare.shapes, workers, threads, prefetch, bad)
+    return _iterate(local, prepare, workers, threads, prefetch, bad)
 
 
 def eval_batches(
@@ -170,6 +176,7 @@ def eval_batches(
     threads: int = 16,
     prefetch: int = 2,
     max_bad: float = 0.0,
+    bits: int = 8,
 ) -> Batches:
     """This process's share of every example once, in the order of the source.
 
@@ -179,17 +186,17 @@ def eval_batches(
     """
     share = _Share(batch_size, tuple(parts), part_count)
     _check(source, share)
-    prepare = _Prepare(transform, channels, len(source.class_names), {})
-    bad = BadImages(source, int(max_bad * len(source)))
+    prepare = _Prepare.of(source, transform, channels, {}, bits)
+    bad = BadImages(source, int(max_bad * len(source)), prepare.try_out)
     padded = _Padded(source, prepare, skips=bad.limit > 0)
     steps = -(-len(source) // batch_size)
     local = _Local(padded, share, steps)
-    return _iterate(local, prepare.shapes, workers, threads, prefetch, bad)
+    return _iterate(local, prepare, workers, threads, prefetch, bad)
 
 
 def _iterate(
     local: "_Local",
-    shapes: dict[str, tuple[int, ...]],
+    prepare: "_Prepare",
     workers: int,
     threads: int,
     prefetch: int,
@@ -208,10 +215,12 @@ def _iterate(
         piece = _piece_size(size, threads)
         count = size // piece
         options = grain.ReadOptions(threads, max(prefetch * count, threads))
-        read = grain.MapDataset.source(_Pieces(local, piece, shapes)).to_iter_dataset(options)
+        read = grain.MapDataset.source(
+            _Pieces(local, piece, prepare.shapes, prepare.dtype)
+        ).to_iter_dataset(options)
         return Batches(iter(read.batch(count, batch_fn=_join)), bad)
     _mark_flags_as_parsed()
-    whole = grain.MapDataset.source(_Pieces(local, size, shapes))
+    whole = grain.MapDataset.source(_Pieces(local, size, prepare.shapes, prepare.dtype))
     batches = whole.to_iter_dataset(grain.ReadOptions(1, 1))
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
     return Batches(iter(batches.mp_prefetch(options, _leave_ctrl_c_to_the_parent)), bad)
@@ -351,6 +360,7 @@ class _Pieces:
     examples: _Local
     size: int
     shapes: dict[str, tuple[int, ...]]
+    dtype: np.dtype
 
     def __len__(self) -> int:
         return len(self.examples) // self.size
@@ -362,7 +372,7 @@ class _Pieces:
         for key, shape in self.shapes.items():
             # Faster than to make an array of each and stack them.
             pixels = b"".join([example[key] for example in examples])
-            stack[key] = np.frombuffer(pixels, np.uint8).reshape(-1, *shape)
+            stack[key] = np.frombuffer(pixels, self.dtype).reshape(-1, *shape)
         for key in examples[0].keys() - stack.keys():
             stack[key] = np.array([example[key] for example in examples], DTYPES[key])
         return stack
@@ -390,6 +400,26 @@ class _Prepare:
     channels: int
     classes: int
     views: Mapping[str, Views]
+    several: bool  # labels of an image
+    bits: int
+
+    @classmethod
+    def of(
+        cls,
+        source: Source,
+        transform: Transform,
+        channels: int,
+        views: Mapping[str, Views],
+        bits: int,
+    ) -> "_Prepare":
+        for each in (transform, *(view.transform for view in views.values())):
+            check_channels(each, channels, bits)
+        classes, several = len(source.class_names), is_multi_label(source)
+        return cls(transform, channels, classes, views, several, bits)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(np.uint8 if self.bits == 8 else np.uint16)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -403,20 +433,25 @@ class _Prepare:
         self, example: dict[str, Any], rng: np.random.Generator | None = None
     ) -> Example:
         label = example["label"]
-        if not 0 <= label < self.classes:
+        if not self.several and not 0 <= label < self.classes:
             raise UserError(
                 f"{example['name']} has label {label}, but the classes are numbered 0 to "
                 f"{self.classes - 1}; choose a split with labels, or mend the data set."
             )
-        whole = decode(example, self.channels)
+        whole = decode(example, self.channels, self.bits)
         prepared = {
-            "image": self.transform(whole, rng).tobytes(),
-            "label": label,
+            "image": self.transform.of(whole, example["name"], rng).tobytes(),
+            ("targets" if self.several else "label"): label,
             "bad": example.get("bad", bad_images.NONE),
         }
         for name, view in self.views.items():
-            prepared[name] = b"".join(made.tobytes() for made in view.draw(whole, rng))
+            made = view.draw(whole, rng, example["name"])
+            prepared[name] = b"".join(image.tobytes() for image in made)
         return prepared
+
+    def try_out(self, example: dict[str, Any]) -> None:
+        """Raises BadImage if the example is one."""
+        self(example, np.random.default_rng(0))
 
 
 @dataclass(frozen=True)
@@ -427,7 +462,7 @@ class _Augmented:
     prepare: _Prepare
 
     def __call__(self, place: int, rng: np.random.Generator) -> Example:
-        return self.prepare(self.source[place], rng)
+        return self.source.good(place, lambda example: self.prepare(example, rng))
 
 
 @dataclass(frozen=True)
@@ -449,5 +484,9 @@ class _Padded:
             return self._blank(i)
 
     def _blank(self, bad: int) -> Example:
-        black = {key: bytes(math.prod(shape)) for key, shape in self.prepare.shapes.items()}
-        return black | {"label": 0, "mask": 0, "bad": bad}
+        size = self.prepare.dtype.itemsize
+        shapes = self.prepare.shapes.items()
+        black = {key: bytes(size * math.prod(shape)) for key, shape in shapes}
+        several = self.prepare.several
+        label = {"targets": np.zeros(self.prepare.classes, bool)} if several else {"label": 0}
+        return black | label | {"mask": 0, "bad": bad}

@@ -6,7 +6,8 @@ A transform is written as operations joined by `|`:
     resize                                                 fine-tuning, evaluation
     resize_shorter(256, 'area')|center_crop                evaluation of big_vision's models
 
-Everything here works on 8-bit PIL images on the host; only `normalize` runs on the device.
+Everything here works on 8-bit PIL images on the host; only `normalize`, of `value_ranges`, runs
+on the device.
 Sizes are (height, width) throughout and need not be square.
 """
 
@@ -19,15 +20,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageOps
 
 from vit_jax.data import augment
 from vit_jax.data.crops import Box, Size, sample_inception_box, sample_resized_box
-from vit_jax.data.decode import decode
-from vit_jax.data.resize import METHODS, resize
+from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.decode import check_channels as check_decoded
+from vit_jax.data.deferred import Deferred, TooLarge, resize
+from vit_jax.data.planes import Planes
+from vit_jax.data.resize import METHODS, ROUNDING
+from vit_jax.data.value_ranges import VALUE_RANGES, normalize
 from vit_jax.errors import UserError
 
 __all__ = [
@@ -39,34 +42,6 @@ __all__ = [
     "sample_inception_box",
     "sample_resized_box",
 ]
-
-# Mean and standard deviation, in levels of 0 .. 255.
-VALUE_RANGES: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "inception": ((127.5,), (127.5,)),  # [-1, 1]: Google's models, BEiT-22k
-    "imagenet": (  # DeiT, DINO, MAE
-        (0.485 * 255, 0.456 * 255, 0.406 * 255),
-        (0.229 * 255, 0.224 * 255, 0.225 * 255),
-    ),
-}
-
-
-def normalize(images: jax.Array, value_range: str) -> jax.Array:
-    """Scales uint8 images (B, H, W, C) to the float32 values a checkpoint family expects.
-
-    Raises UserError for an unknown range, and for one that does not fit the channels.
-    """
-    if value_range not in VALUE_RANGES:
-        raise UserError(
-            f"unknown value range {value_range!r}; use {' or '.join(VALUE_RANGES)}."
-        )
-    mean, std = VALUE_RANGES[value_range]
-    if len(mean) not in (1, images.shape[-1]):
-        raise UserError(
-            f"value range {value_range!r} is for {len(mean)} channels, but the images have "
-            f"{images.shape[-1]}; use 'inception' for them."
-        )
-    return (images.astype(jnp.float32) - jnp.float32(mean)) / jnp.float32(std)
-
 
 # ---- operations: (image, rng, target size, arguments of its own) ---------------------
 
@@ -81,23 +56,59 @@ def _crop(image: Image.Image, box: Box) -> Image.Image:
 
 
 def _resize(
-    image: Image.Image, rng: Rng, target: Size, method: str = "bilinear", size: int = 0
+    image: Image.Image,
+    rng: Rng,
+    target: Size,
+    method: str = "bilinear",
+    size: int | Size = 0,
+    *,
+    rounding: str = "nearest",
 ) -> Image.Image:
-    return resize(image, (size, size) if size else target, method)
+    wanted = (size, size) if isinstance(size, int) else size
+    return resize(image, wanted if size else target, method, rounding)
 
 
 def _resize_shorter(
-    image: Image.Image, rng: Rng, target: Size, size: int, method: str = "area"
+    image: Image.Image,
+    rng: Rng,
+    target: Size,
+    size: int,
+    method: str = "area",
+    *,
+    rounding: str = "nearest",
 ) -> Image.Image:
     # big_vision, which resizes by area, rounds the longer edge; torch's code cuts it off.
     whole: Callable[[float], int] = round if method == "area" else int
     shorter = min(image.size)
     height, width = (whole(edge * size / shorter) for edge in (image.height, image.width))
+    return resize(image, (height, width), method, rounding)
+
+
+def _resize_fit(
+    image: Image.Image,
+    rng: Rng,
+    target: Size,
+    size: int | Size,
+    method: str = "bicubic",
+    fit: str = "cover",
+) -> Image.Image:
+    wanted = (size, size) if isinstance(size, int) else size
+    ratios = [a / b for a, b in zip((image.height, image.width), wanted, strict=True)]
+    ratio = min(ratios) if fit == "cover" else max(ratios)
+    height, width = (max(round(edge / ratio), 1) for edge in (image.height, image.width))
     return resize(image, (height, width), method)
 
 
-def _center_crop(image: Image.Image, rng: Rng, target: Size, half: str = "down") -> Image.Image:
+def _center_crop(
+    image: Image.Image,
+    rng: Rng,
+    target: Size,
+    half: str = "down",
+    fill: int | tuple[int, ...] | None = None,
+) -> Image.Image:
     whole: Callable[[float], int] = int if half == "down" else round
+    if fill is not None:
+        image = _pad(image, target, fill)
     top, left = (whole((a - b) / 2) for a, b in zip(image.size[::-1], target, strict=True))
     if top < 0 or left < 0:
         raise UserError(
@@ -105,6 +116,41 @@ def _center_crop(image: Image.Image, rng: Rng, target: Size, half: str = "down")
             f"{image.height} x {image.width}; put resize_shorter({max(target)}) before it."
         )
     return _crop(image, (top, left, *target))
+
+
+def _pad_planes(planes: Planes, target: Size, fill: int | tuple[int, ...]) -> Planes:
+    """The same, with levels of 8 bits whatever those of the image are."""
+    levels = (fill,) if isinstance(fill, int) else fill
+    if len(levels) not in (1, len(planes.planes)):
+        raise UserError(
+            f"fill={fill} is a colour of {len(levels)} channels, not {len(planes.planes)}"
+        )
+    levels *= len(planes.planes) // len(levels)
+    scale = 257 if planes.planes[0].mode == "F" else 1
+    return Planes(
+        tuple(_pad(x, target, v * scale) for x, v in zip(planes.planes, levels, strict=True))
+    )
+
+
+def _pad(image: Any, target: Size, fill: int | tuple[int, ...]) -> Any:
+    """At least as large as `target`, one pixel more right and below where it is odd."""
+    height, width = max(image.height, target[0]), max(image.width, target[1])
+    if (height, width) == (image.height, image.width):
+        return image
+    if isinstance(image, Deferred):
+        image = image.whole()
+    if isinstance(image, Planes):
+        return _pad_planes(image, target, fill)
+    bands = len(image.getbands())
+    if isinstance(fill, tuple):
+        if len(fill) not in (1, bands):
+            raise UserError(f"fill={fill} is a colour of {len(fill)} channels, not {bands}")
+        fill = fill[0] if len(fill) == 1 else fill
+    if isinstance(fill, int) and bands > 1:
+        fill = (fill,) * bands
+    padded = Image.new(image.mode, (width, height), fill)
+    padded.paste(image, ((width - image.width) // 2, (height - image.height) // 2))
+    return padded
 
 
 def _inception_crop(
@@ -148,11 +194,15 @@ class Op:
     Attributes:
       function: takes the image, the generator and, if `sized`, the target size; then its own
         arguments.
+      random: whether it draws.
+      sized: whether it is told the target size.
+      moves: whether it only moves and resizes pixels, so that any channels will do.
     """
 
     function: Callable[..., Image.Image]
     random: bool = False
     sized: bool = True
+    moves: bool = True
 
     @property
     def parameters(self) -> list[inspect.Parameter]:
@@ -161,12 +211,13 @@ class Op:
 
 
 def _distortion(function: Callable[..., Image.Image]) -> Op:
-    return Op(function, random=True, sized=False)
+    return Op(function, random=True, sized=False, moves=False)
 
 
 OPS = {
     "resize": Op(_resize),
     "resize_shorter": Op(_resize_shorter),
+    "resize_fit": Op(_resize_fit),
     "center_crop": Op(_center_crop),
     "inception_crop": Op(_inception_crop, random=True),
     "random_resized_crop": Op(_random_resized_crop, random=True),
@@ -206,7 +257,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Transform:
-    """Steps that take an image of any size to one of `image_size`, (height, width)."""
+    """Steps that take an image of any size to one of `image_size`, (height, width).
+
+    Of an image that a step makes enormous, only what the next crop keeps is made; if that is
+    too much as well, `deferred.TooLarge` is raised.
+    """
 
     spec: str
     image_size: Size
@@ -214,7 +269,11 @@ class Transform:
 
     def __call__(self, image: Image.Image, rng: Rng | None = None) -> Image.Image:
         for step in self.steps:
+            if isinstance(image, Deferred) and step.name != "center_crop":
+                image = image.whole()
             image = step(image, rng, self.image_size)
+        if isinstance(image, Deferred):
+            image = image.whole()
         if (image.height, image.width) != self.image_size:
             raise UserError(
                 f"transform {self.spec!r} leaves an image of {image.height} x {image.width} "
@@ -223,15 +282,46 @@ class Transform:
             )
         return image
 
+    def of(self, image: Image.Image, name: str, rng: Rng | None = None) -> Image.Image:
+        """The same for an image called `name`. Raises BadImage for one that asks too much."""
+        try:
+            return self(image, rng)
+        except (TooLarge, MemoryError) as error:
+            reason = str(error) or "there is not enough memory"
+            raise BadImage(
+                f"image {name} cannot be resized ({reason}); remove it, or make it smaller."
+            ) from error
+
+
+def check_channels(transform: Transform, channels: int, bits: int) -> None:
+    """Raises UserError for an operation on colours that the images do not have."""
+    check_decoded(channels, bits)
+    if channels in (1, 3) and bits == 8:
+        return
+    for step in transform.steps:
+        if not OPS[step.name].moves:
+            raise UserError(
+                f"{step.name} is for images of 1 or 3 channels of 8 bits, but data.channels is "
+                f"{channels} and data.bits {bits}; leave it out of the transform."
+            )
+
 
 def parse_transform(spec: str, image_size: Size) -> Transform:
     """Reads a transform such as `inception_crop(0.05, 1.0)|flip|randaugment(2, 10)`.
 
-        resize(method='bilinear', size=0)       straight to image_size, or to size x size
-        resize_shorter(size, method='area')     keeps the aspect ratio; the longer edge is
+        resize(method='bilinear', size=0, rounding='nearest')
+                                                straight to image_size, or to size: pixels of
+                                                an edge or (height, width)
+        resize_shorter(size, method='area', rounding='nearest')
+                                                keeps the aspect ratio; the longer edge is
                                                 rounded by `area`, cut off by others
-        center_crop(half='down')                where half a pixel goes: 'down' (TensorFlow,
-                                                Hugging Face) or to an 'even' one (torchvision)
+        resize_fit(size, method='bicubic', fit='cover')
+                                                keeps it, too: the image covers size (an edge
+                                                or (height, width)), or lies within: 'inside'
+        center_crop(half='down', fill=None)     where half a pixel goes: 'down' (TensorFlow,
+                                                Hugging Face) or to an 'even' one
+                                                (torchvision); what a smaller image lacks is
+                                                filled with a level or a colour, else refused
         inception_crop(area_min=0.05, area_max=1.0, method='bilinear')
         random_resized_crop(scale_min=0.08, scale_max=1.0, method='bicubic')
         flip                                    left and right, every other time
@@ -248,6 +338,8 @@ def parse_transform(spec: str, image_size: Size) -> Transform:
         solarize(probability=1.0, threshold=128)
         random_erasing(probability, mode='pixel')                pixel, rand or const
 
+    `rounding='floor'` cuts off fractions of a level, as big_vision does: 'bilinear' and 'area'.
+
     Raises UserError for an unknown operation and for arguments that do not fit.
     """
     steps = tuple(_parse_step(part.strip()) for part in spec.split("|") if spec.strip())
@@ -258,6 +350,8 @@ def parse_transform(spec: str, image_size: Size) -> Transform:
 WORDS = {
     "method": tuple(METHODS),
     "half": ("down", "even"),
+    "fit": ("cover", "inside"),
+    "rounding": tuple(ROUNDING),
     "mode": ("pixel", "rand", "const"),
 }
 # The largest numbers that there are, of arguments that have one; none may be below 0.
@@ -277,9 +371,11 @@ def rescale(spec: str, old: Size, new: Size) -> str:
     """
 
     def scaled(match: re.Match[str]) -> str:
-        return f"{match[1]}{int(match[2]) * max(new) // max(old)}"
+        enlarge = lambda number: str(int(number[0]) * max(new) // max(old))
+        return match[1] + re.sub(r"\d+", enlarge, match[2])
 
-    return re.sub(r"(resize_shorter\((?:size=)?|resize\([^)]*size=)(\d+)", scaled, spec)
+    start = r"(resize_(?:shorter|fit)\((?:size=)?|resize\([^)]*size=)"
+    return re.sub(rf"{start}(\d+|\([\d, ]+\))", scaled, spec)
 
 
 def _parse_step(text: str) -> Step:
@@ -327,11 +423,20 @@ def _usage(name: str, parameters: list[inspect.Parameter]) -> str:
 
 def _fits(parameter: inspect.Parameter, arguments: dict[str, Any]) -> bool:
     name, value = parameter.name, arguments[parameter.name]
+    if name == "rounding" and value != "nearest":  # of which PIL's methods know one
+        return value in ROUNDING and arguments["method"] in ("bilinear", "area")
     if name in WORDS:
         return value in WORDS[name]
     if parameter.annotation is bool:
         return isinstance(value, bool)
-    if not _is_number(value) or (parameter.annotation is int and not isinstance(value, int)):
+    if name == "fill":
+        levels = value if isinstance(value, tuple) else (value,)
+        return value is None or all(type(x) is int and 0 <= x <= 255 for x in levels)
+    if name == "size" and isinstance(value, tuple):
+        pair = len(value) == 2 and all(type(x) is int and x > 0 for x in value)
+        return pair and parameter.annotation is not int
+    whole = parameter.annotation is int or name == "size"
+    if not _is_number(value) or (whole and not isinstance(value, int)):
         return False
     if name.endswith("_min"):
         most = arguments[name.replace("_min", "_max")]

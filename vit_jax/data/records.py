@@ -3,11 +3,11 @@
 PATH/dataset.json                            classes, splits with a digest of their images and
                                              labels, where they came from
 PATH/train-00000-of-00004.array_record       examples 0 to n/4 of `train`, and so on
-PATH/train-labels.npy                        all its labels, int32 (N,)
+PATH/train-labels.npy                        all its labels, int32 (N,) or bool (N, K)
 
-A record is a MessagePack map of `image` (encoded, bytes), `label` (integer) and `name` (what it
-was called where it came from). Records are neither compressed nor grouped, so that any one is
-one read.
+A record is a MessagePack map of `image` (encoded, bytes), `label` (integer, or a list of them)
+and `name` (what it was called where it came from). Records are neither compressed nor grouped,
+so that any one is one read.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
 
-from vit_jax.data.sources import digest, pick_split
+from vit_jax.data.sources import digest, pick_split, plain_label
 from vit_jax.errors import UserError
 
 INFO = "dataset.json"
@@ -51,11 +51,13 @@ class RecordsSource:
             raise UserError(
                 f"{self.name}[{i}] cannot be read ({reason}); copy or pack the data set again."
             ) from error
-        return {**record, "name": f"{self.name}[{i}] ({record['name']})"}
+        label = plain_label(self.labels[i])
+        return {**record, "label": label, "name": f"{self.name}[{i}] ({record['name']})"}
 
     def fingerprint(self, start: int, stop: int) -> str:
         """Of labels, and of the images of the whole split as they were when it was packed."""
-        labels = self.labels[start:stop].astype(np.int64)
+        labels = self.labels[start:stop]
+        labels = labels if labels.dtype == bool else labels.astype(np.int64)
         return digest(self.content, f"{start}:{stop}", labels)
 
 
@@ -140,8 +142,14 @@ class Packed(NamedTuple):
     """An example as it is stored."""
 
     image: bytes
-    label: int
+    label: Any  # an int, or bool (K,) where there may be several
     name: str
+
+    @property
+    def stored_label(self) -> int | list[int]:
+        """What MessagePack can hold: a number, or those of several classes."""
+        several = isinstance(self.label, np.ndarray)
+        return np.flatnonzero(self.label).tolist() if several else self.label
 
 
 def write_split(
@@ -159,7 +167,7 @@ def write_split(
     from array_record.python import array_record_module  # type: ignore[import-untyped]
 
     names = [f"{split}-{k:05}-of-{shards:05}.array_record" for k in range(shards)]
-    labels: list[int] = []
+    labels: list[Any] = []
     written = {}
     remaining, hasher = iter(examples), hashlib.blake2b(digest_size=8)
     for k, name in enumerate(names):
@@ -170,14 +178,16 @@ def write_split(
         )
         for example in itertools.islice(remaining, share):
             if example is not None:
-                writer.write(msgpack.packb(example._asdict()))
+                stored = example._asdict() | {"label": example.stored_label}
+                writer.write(msgpack.packb(stored))
                 labels.append(example.label)
-                hasher.update(f"{example.label} {len(example.image)} ".encode())
+                hasher.update(f"{example.stored_label} {len(example.image)} ".encode())
                 hasher.update(example.image)
         writer.close()
         size = (folder / name).stat().st_size
         written[name] = {"examples": len(labels) - before, "bytes": size}
-    np.save(folder / f"{split}-labels.npy", np.array(labels, np.int32))
+    several = bool(labels) and isinstance(labels[0], np.ndarray)
+    np.save(folder / f"{split}-labels.npy", np.array(labels, bool if several else np.int32))
     return {"examples": len(labels), "digest": hasher.hexdigest(), "shards": written}
 
 

@@ -5,7 +5,11 @@ of a percent of accuracy. So the methods are told apart by name:
 
     bilinear             TensorFlow's, from half-pixel centres and without antialiasing
     area                 TensorFlow's, the mean over the exact area a pixel covers
-    bilinear_antialias, bicubic (a = -0.5), lanczos      PIL's, antialiased
+    bilinear_antialias, bicubic (a = -0.5), lanczos, box, hamming     PIL's, antialiased
+    nearest              PIL's, the pixel under the new centre
+
+TensorFlow's two may also cut off what is beyond a whole level (`rounding="floor"`) where
+others round: big_vision converts its resized images so, which darkens them by half a level.
 
 All but `area` go along rows first and then along columns, and round to 8 bits in between, as
 PIL did before version 13, which goes along columns first where that is less work.
@@ -31,8 +35,12 @@ _PIL_FILTERS = {
     "bilinear_antialias": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
+    "box": Image.Resampling.BOX,
+    "hamming": Image.Resampling.HAMMING,
+    "nearest": Image.Resampling.NEAREST,
 }
 METHODS = ("bilinear", "area", *_PIL_FILTERS)
+ROUNDING = {"nearest": 0.5, "floor": 0.0}  # what is added before the fraction is cut off
 
 # Names of (algorithm, filter). "interpolation" reads as many pixels however much an image is
 # reduced: without antialiasing.
@@ -44,19 +52,34 @@ _CYKOOZ = {
 }
 
 
-def resize(image: Image.Image, size: tuple[int, int], method: str) -> Image.Image:
-    """Resizes an image of mode L or RGB to `size` = (height, width), whatever its aspect."""
+def resize(
+    image: Image.Image, size: tuple[int, int], method: str, rounding: str = "nearest"
+) -> Image.Image:
+    """Resizes an image to `size` = (height, width), whatever its aspect.
+
+    Args:
+      image: of mode L, RGB, or F (one channel of levels with fractions, which stay).
+      size: in pixels.
+      method: of `METHODS`.
+      rounding: of `ROUNDING`: how the result becomes 8-bit; PIL's methods know one way.
+    """
     height, width = size
     if (width, height) == image.size:
         return image
-    if method == "area":
-        return _by_taps(image, size, _area_taps)
-    if cykooz_resizer:
+    if taps := taps_of(method, rounding):
+        return by_taps(image, size, taps, (0, 0, width, height), rounding)
+    if cykooz_resizer and method in _CYKOOZ:
         return _by_cykooz(image, size, method)
-    if method == "bilinear":
-        return _by_taps(image, size, _bilinear_taps)
     rows = image.resize((width, image.height), _PIL_FILTERS[method])
     return rows.resize((width, height), _PIL_FILTERS[method])
+
+
+def taps_of(method: str, rounding: str = "nearest") -> Any:
+    """Which pixels are added up, for the methods that are computed here, or None."""
+    if method == "area":
+        return _area_taps
+    by_cykooz = cykooz_resizer and rounding == "nearest"
+    return _bilinear_taps if method == "bilinear" and not by_cykooz else None
 
 
 def _by_cykooz(image: Image.Image, size: tuple[int, int], method: str) -> Image.Image:
@@ -81,11 +104,22 @@ def _options(algorithm: str, kernel: str) -> Any:
     return cykooz_resizer.ResizeOptions(chosen)
 
 
-def _by_taps(image: Image.Image, size: tuple[int, int], taps: Any) -> Image.Image:
+def by_taps(
+    image: Image.Image,
+    size: tuple[int, int],
+    taps: Any,
+    box: tuple[int, int, int, int],
+    rounding: str = "nearest",
+) -> Image.Image:
+    """The pixels in `box` (left, top, right, bottom) of the image resized to `size`."""
+    left, top, right, bottom = box
     pixels = np.asarray(image)
-    for axis, length in enumerate(size):
-        pixels = _gather(pixels, axis, *taps(pixels.shape[axis], length))
-    return Image.fromarray((pixels + 0.5).astype(np.uint8))
+    for axis, (length, *part) in enumerate(((size[0], top, bottom), (size[1], left, right))):
+        pixels = _gather(pixels, axis, *taps(pixels.shape[axis], length, np.arange(*part)))
+    if image.mode == "F":
+        return Image.fromarray(pixels.astype(np.float32))
+    # Sums of weights in float32 may end a hair below the level that they mean.
+    return Image.fromarray((pixels + max(ROUNDING[rounding], 1e-4)).astype(np.uint8))
 
 
 def _gather(
@@ -99,22 +133,24 @@ def _gather(
     return total
 
 
-def _bilinear_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two pixels whose centres lie around each new centre.
+def _bilinear_taps(
+    before: int, after: int, wanted: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The two pixels whose centres lie around the new centre of each of the `wanted`.
 
     PIL samples likewise in `Image.transform` with EXTENT, but drops the fraction: that
     darkens an image by 0.45 levels, and is no faster.
     """
-    centre = (np.arange(after) + 0.5) * (before / after) - 0.5
+    centre = (wanted + 0.5) * (before / after) - 0.5
     first = np.floor(centre)
     share = centre - first
     return first.astype(np.intp), np.stack([1 - share, share]).astype(np.float32)
 
 
-def _area_taps(before: int, after: int) -> tuple[np.ndarray, np.ndarray]:
-    """All pixels that a new pixel covers, each by the part of it that is covered."""
+def _area_taps(before: int, after: int, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All pixels that each of the `wanted` covers, each by the part of it that is covered."""
     scale = before / after
-    low, high = np.arange(after) * scale, (np.arange(after) + 1) * scale
+    low, high = wanted * scale, (wanted + 1) * scale
     first = np.floor(low)
     left = first + np.arange(int(np.ceil(high - first).max()))[:, None]
     covered = np.minimum(high, left + 1) - np.maximum(low, left)

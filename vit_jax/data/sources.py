@@ -13,11 +13,12 @@ Every source takes the same split grammar, that of TensorFlow Datasets: `train`,
 `train+validation[:50%]`.
 """
 
+import dataclasses
 import difflib
 import hashlib
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -25,19 +26,27 @@ import numpy as np
 
 from vit_jax.errors import UserError
 
-HELD_OUT = ("val", "validation", "test")
+# What splits are called, in any case; names of one kind mean the same.
+_SPLIT_KINDS = {
+    "train": ("train", "training"),
+    "validation": ("val", "validation", "valid", "dev", "eval", "evaluation"),
+    "test": ("test", "testing"),
+}
+SPLITS = tuple(name for names in _SPLIT_KINDS.values() for name in names)
+# Asked for by one of these, the only held-out split there is will do, whatever it is called.
+_ANY_HELD_OUT = ("val", "validation", "test")
 _LOOKED_AT = 64  # examples whose labels are checked where reading all would take too long
 
 
 class Source(Protocol):
     """A random-access data set that can be pickled, so that worker processes can hold one.
 
-    An example is a dict of `image` (encoded bytes, a path, or a uint8 array of shape (H, W)
-    or (H, W, C)), `label` (an int that indexes `class_names`) and `name` (what an error
-    message should call it).
+    An example is a dict of `image` (encoded bytes, a path, or a uint8 or uint16 array of shape
+    (H, W) or (H, W, C)), `label` (an int that indexes `class_names`, or where images have
+    several labels a bool array (K,)) and `name` (what an error message should call it).
 
     A source that knows all labels without reading images may have them as `labels`, integers
-    of shape (N,).
+    of shape (N,) or booleans (N, K).
     """
 
     @property
@@ -52,8 +61,12 @@ class Source(Protocol):
         ...
 
 
-def load(source: str, split: str, data_dir: str | None = None) -> Source:
+def load(
+    source: str, split: str, data_dir: str | None = None, multi_label: str | None = None
+) -> Source:
     """Opens `split` of `source`; `data_dir` is where `tfds:` sets lie.
+
+    `multi_label` says how several labels of an image are written: see multi_label.py.
 
     Raises UserError for an unknown source or split, for data that cannot be read, and for a
     label out of range (of a source that must read an image for every label, only some are
@@ -61,8 +74,12 @@ def load(source: str, split: str, data_dir: str | None = None) -> Source:
     """
     kind, argument = _parse_source(source)
     parts = [_parse_split(part) for part in split.split("+")]
-    opened = [part.of(_KINDS[kind].open(argument, part.base, data_dir)) for part in parts]
+    options = {"multi_label": multi_label} if kind in _MULTI_LABEL else {}
+    opened = [
+        part.of(_KINDS[kind].open(argument, part.base, data_dir, **options)) for part in parts
+    ]
     whole = opened[0] if len(opened) == 1 else Concatenation(opened)
+    _check_multi_label(whole, source, multi_label)
     _check_labels(whole)
     return whole
 
@@ -74,7 +91,7 @@ def split_names(source: str, data_dir: str | None = None) -> tuple[str, ...]:
 
 
 def known_labels(source: Source) -> np.ndarray | None:
-    """All labels, integers of shape (N,), if they can be had without reading images."""
+    """All labels, as of `Source`, if they can be had without reading images."""
     if isinstance(source, Subset):
         labels = known_labels(source.source)
         return None if labels is None else labels[source.start : source.stop]
@@ -110,12 +127,44 @@ def digest(*parts: str | np.ndarray) -> str:
     return hasher.hexdigest()
 
 
+def renumber(labels: np.ndarray, positions: np.ndarray, classes: int) -> np.ndarray:
+    """Labels where class i of before is class `positions[i]` of `classes`.
+
+    `labels` are integers of any shape, of which those out of range become -1, or booleans
+    (..., K) that say for each class whether it is there.
+    """
+    if labels.dtype == bool:
+        moved = np.zeros((*labels.shape[:-1], classes), bool)
+        moved[..., positions] = labels
+        return moved
+    known = (labels >= 0) & (labels < len(positions))
+    return np.where(known, positions[np.where(known, labels, 0)], -1).astype(labels.dtype)
+
+
+def plain_label(label: Any) -> Any:
+    """A label of an array of them: an int, or where there may be several a bool array."""
+    return label if label.ndim else int(label)
+
+
+def _check_multi_label(source: Source, name: str, wanted: str | None) -> None:
+    from vit_jax.data.multi_label import is_multi_label
+
+    if len(source) and is_multi_label(source) != bool(wanted):
+        has, remedy = ("one label", "None") if wanted else ("several labels", "auto")
+        raise UserError(
+            f"an image of {name} has {has}, and data.multi_label is {wanted!r}; set it to "
+            f"{remedy}."
+        )
+
+
 def _check_labels(source: Source) -> None:
     labels, classes = known_labels(source), len(source.class_names)
     rows = np.arange(len(source))
     if labels is None:
         rows = np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT, dtype=int))
         labels = np.array([source[int(i)]["label"] for i in rows])
+    if labels.dtype == bool:
+        return
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if len(wrong):
         raise UserError(
@@ -238,20 +287,53 @@ class Concatenation:
         return digest(*found)
 
 
+def split_kind(name: str) -> str | None:
+    """`train`, `validation` or `test` if that is what `name` means, in any case."""
+    for kind, names in _SPLIT_KINDS.items():
+        if name.casefold() in names:
+            return kind
+    return None
+
+
+def in_order(splits: Iterable[str]) -> tuple[str, ...]:
+    """Splits with the one to train on first, by name."""
+    return tuple(sorted(splits, key=lambda name: (split_kind(name) != "train", name)))
+
+
 def pick_split(requested: str, available: Sequence[str], where: str) -> str:
     """The available split that `requested` means.
 
-    `val` and `validation` are one name; `test` is another, unless only one set is held out.
-    Raises UserError, listing what exists.
+    `val`, `validation`, `valid` and `dev` are one name, in any case; `test` is another, unless
+    only one set is held out. Raises UserError, listing what exists.
     """
     if requested in available:
         return requested
-    held_out = [name for name in available if name in HELD_OUT]
-    if requested in ("val", "validation"):
-        held_out = [name for name in held_out if name != "test"] or held_out
-    if requested in HELD_OUT and len(held_out) == 1:
-        return held_out[0]
+    kind = split_kind(requested)
+    same = [name for name in available if kind and split_kind(name) == kind]
+    same = same or [name for name in available if name.casefold() == requested.casefold()]
+    if not same and requested.casefold() in _ANY_HELD_OUT:
+        same = [name for name in available if split_kind(name) in ("validation", "test")]
+    if len(same) == 1:
+        return same[0]
     raise UserError(f"{where} has no split {requested!r}; it has {', '.join(available)}.")
+
+
+def split_options(argument: str, names: Sequence[str], kind: str) -> tuple[str, dict[str, str]]:
+    """`PATH,label=breed` -> the path and `{"label": "breed"}`, of the options `names`.
+
+    Raises UserError for an option twice or without a value.
+    """
+    option = rf",\s*({'|'.join(names)})=([^,]*)"
+    match = re.fullmatch(rf"(.*?)((?:{option})*)", argument, re.DOTALL)
+    assert match is not None  # the path takes all that is no option
+    found = re.findall(option, match[2])
+    options = {name: value.strip() for name, value in found}
+    if len(options) < len(found) or not all(options.values()):
+        raise UserError(
+            f"{kind}:{argument} has an option without a value, or one twice; write it like "
+            f"{kind}:PATH,{names[0]}=NAME."
+        )
+    return match[1], options
 
 
 # ---- data sets that need no files --------------------------------------------------------
@@ -275,6 +357,11 @@ class ArraySource:
 
     def fingerprint(self, start: int, stop: int) -> str:
         return digest(self.images[start:stop], self.labels[start:stop].astype(np.int64))
+
+    def with_classes(self, positions: np.ndarray, names: tuple[str, ...]) -> "ArraySource":
+        """As `classes.as_classes` has it."""
+        labels = renumber(self.labels, positions, len(names))
+        return dataclasses.replace(self, labels=labels, class_names=names)
 
 
 def _open_digits(argument: str, split: str, data_dir: str | None) -> Source:
@@ -327,14 +414,14 @@ class SyntheticSource:
 def _open_synthetic(argument: str, split: str, data_dir: str | None) -> Source:
     options: dict[str, Any] = {}
     for field in filter(None, argument.split(",")):
-        if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([13])", field):
+        if match := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", field):
             options["shape"] = tuple(int(size) for size in match.groups())
         elif match := re.fullmatch(r"(classes|examples)=([1-9]\d*)", field):
             options[match[1]] = int(match[2])
         else:
             raise UserError(
                 f"synthetic source: {field!r} is not understood; write it like "
-                "synthetic:224x224x3,classes=1000,examples=1280 (1 or 3 channels)."
+                "synthetic:224x224x3,classes=1000,examples=1280."
             )
     return SyntheticSource(split, **options)
 
@@ -342,10 +429,12 @@ def _open_synthetic(argument: str, split: str, data_dir: str | None) -> Source:
 # ---- all kinds of sources ----------------------------------------------------------------
 
 
-def _open_folder(argument: str, split: str, data_dir: str | None) -> Source:
+def _open_folder(
+    argument: str, split: str, data_dir: str | None, multi_label: str | None = None
+) -> Source:
     from vit_jax.data import folder
 
-    return folder.open_folder(argument, split)
+    return folder.open_folder(argument, split, multi_label)
 
 
 def _splits_of_folder(argument: str, data_dir: str | None) -> tuple[str, ...]:
@@ -366,10 +455,12 @@ def _splits_of_tfds(argument: str, data_dir: str | None) -> tuple[str, ...]:
     return tfds.split_names(argument, data_dir)
 
 
-def _open_huggingface(argument: str, split: str, data_dir: str | None) -> Source:
+def _open_huggingface(
+    argument: str, split: str, data_dir: str | None, multi_label: str | None = None
+) -> Source:
     from vit_jax.data import huggingface
 
-    return huggingface.open_huggingface(argument, split)
+    return huggingface.open_huggingface(argument, split, multi_label)
 
 
 def _splits_of_huggingface(argument: str, data_dir: str | None) -> tuple[str, ...]:
@@ -393,9 +484,11 @@ def _splits_of_records(argument: str, data_dir: str | None) -> tuple[str, ...]:
 class _Kind(NamedTuple):
     """How to open (argument, whole split, data_dir), and to list the splits that exist."""
 
-    open: Callable[[str, str, str | None], Source]
+    open: Callable[..., Source]
     splits: Callable[[str, str | None], tuple[str, ...]]
 
+
+_MULTI_LABEL = ("folder", "hf")  # must be told how labels are written
 
 # Each kind is imported when it is used: TensorFlow Datasets alone takes a second.
 _KINDS = {

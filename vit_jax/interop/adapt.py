@@ -6,6 +6,7 @@ the same width.
 """
 
 from vit_jax.errors import UserError
+from vit_jax.interop.channels import adapt_first
 from vit_jax.interop.families import flatten
 from vit_jax.interop.positions import resize_params
 from vit_jax.models import vit
@@ -13,6 +14,8 @@ from vit_jax.models.model import Params
 from vit_jax.models.registry import ModelConfig
 from vit_jax.models.vit_config import ViTConfig
 
+_SHAPE = ("depth", "width", "mlp_dim", "num_heads", "pool")  # of what does not fit, told first
+_SHOWN = 30  # arrays that a message names
 _NEW = ("head", "head_dist")  # always from the fresh initialisation
 
 
@@ -32,13 +35,16 @@ def adapt(
       The parameters, in the layout (scanned or not) of `new`, and sentences about what changed.
 
     Raises:
-      UserError: arrays are missing, left over or of another shape; all are listed.
+      UserError: arrays are missing, left over or of another shape; they are listed.
     """
     notes = ["head: new, zero-initialised"] if "head" in fresh else ["head: none"]
     # A ResNet has no layers to scan and no positions, a Mixer only its own size.
     scanned = [isinstance(cfg, ViTConfig) and cfg.scan for cfg in (old, new)]
     params = vit.unstack_layers(params) if scanned[0] else dict(params)
     target = vit.unstack_layers(fresh) if scanned[1] else dict(fresh)
+    if type(old) is type(new) and old.channels != new.channels:
+        params, note = adapt_first(params, old.channels, new.channels)
+        notes.append(note)
     if isinstance(old, ViTConfig) and isinstance(new, ViTConfig) and old.grid != new.grid:
         params = resize_params(params, old, new, resize)
         how = {"sincos2d": "computed anew", "none": "none"}.get(old.posemb, resize)
@@ -54,11 +60,11 @@ def adapt(
         notes.append("pre_logits: new")
     params = {name: value for name, value in params.items() if name not in _NEW}
     params |= {name: target[name] for name in _NEW if name in target}
-    _check(params, target)
+    _check(params, target, old, new)
     return (vit.stack_layers(params) if scanned[1] else params), notes
 
 
-def _check(params: Params, target: Params) -> None:
+def _check(params: Params, target: Params, old: ModelConfig, new: ModelConfig) -> None:
     found, wanted = (
         {name: leaf.shape for name, leaf in flatten(tree).items()} for tree in (params, target)
     )
@@ -70,7 +76,16 @@ def _check(params: Params, target: Params) -> None:
         if name in found and found[name] != wanted[name]
     ]
     if wrong:
+        has = lambda cfg, name: getattr(cfg, name, None)
+        shape = [
+            f"model.{name} is {has(old, name)} in them, not {has(new, name)}"
+            for name in _SHAPE
+            if has(old, name) != has(new, name)
+        ]
+        shown = shape + sorted(wrong)[:_SHOWN]
+        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
         raise UserError(
-            f"the weights do not fit the model: {'; '.join(sorted(wrong))}: set config.model "
-            f"to what they were trained as"
+            f"the weights do not fit the model: {'; '.join(shown + more)}: set config.model "
+            f"to what they were trained as; a file that leaves model.variant None takes it "
+            f"from the weights"
         )

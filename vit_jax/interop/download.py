@@ -56,6 +56,19 @@ _GOOGLE_FOLDERS = {
     "mixer_models": ("imagenet21k", "imagenet1k", "sam"),
 }
 
+# Models of each kind, to see without a network that a name was meant otherwise. Others may be
+# published: only a name that differs in its punctuation is refused.
+_MODELS = {
+    "augreg": (
+        "Ti_16", "S_32", "S_16", "B_32", "B_16", "B_8", "L_16",
+        "R_Ti_16", "R26_S_32", "R50_L_32",
+    ),
+    "google": (
+        "ViT-B_16", "ViT-B_32", "ViT-L_16", "ViT-L_32", "ViT-H_14", "R50+ViT-B_16",
+        "Mixer-B_16", "Mixer-L_16",
+    ),
+}  # fmt: skip
+
 # One step of a path: no slash, and no dot in front, so that no name leaves the cache.
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 _REPOSITORY = re.compile(rf"({_WORD}/{_WORD})(?:@({_WORD}(?:/{_WORD})*))?")
@@ -86,8 +99,25 @@ def resolve(name: str, cache: Path | None = None) -> Path:
             f"there is no file or folder {name!r}: give a path that exists, a URL, "
             "google:NAME, augreg:NAME or hf:OWNER/NAME."
         )
+    _check_spelling(kind, rest)
     cache = (cache or cache_folder()).absolute()
     return _KINDS[kind](name if kind.startswith("http") else rest, cache)
+
+
+def _check_spelling(kind: str, name: str) -> None:
+    """Refuses `augreg:B16` for `augreg:B_16`, and the like, before anything is fetched.
+
+    Raises:
+      UserError: naming the model that was meant.
+    """
+    plain = lambda text: re.sub(r"[^a-z0-9]|vit", "", text.lower())
+    folder, slash, model = name.removesuffix(".npz").rpartition("/")
+    if kind == "augreg":  # where the paper's R26+S/32 is a name, too
+        folder, slash, model = "", "", re.sub("[/+]", "_", name.removesuffix(".npz"))
+    for known in _MODELS.get(kind, ()):
+        if plain(known) == plain(model) and known != model:
+            meant = f"{kind}:{folder}{slash}{known}"
+            raise UserError(f"{f'{kind}:{name}'!r} is no name of weights: write {meant}.")
 
 
 def _host(variable: str) -> str:

@@ -36,7 +36,7 @@ class Family:
       gelu: `tanh` | `erf`.
       layer_norm_eps: epsilon of every LayerNorm.
       posemb_resize: a name of `interop.positions.METHODS`.
-      value_range: a name of `data.preprocess.VALUE_RANGES`.
+      value_range: for `data.value_ranges`.
       transform: how images are brought to size for evaluation, for `data.preprocess`; where
         they are cropped, `SHORTER` stands for the shorter edge before the crop.
       crop: what share of that edge the crop keeps.
@@ -54,8 +54,9 @@ class Family:
         return self.transform.replace("SHORTER", str(int(max(image_size) / self.crop)))
 
 
-_AREA = "resize_shorter(SHORTER, method='area')|center_crop"
+_AREA = "resize_shorter(SHORTER, method='area', rounding='floor')|center_crop"
 _BICUBIC = "resize_shorter(SHORTER, method='bicubic')|center_crop('even')"
+_BILINEAR = _BICUBIC.replace("bicubic", "bilinear_antialias")
 
 # Numerics and resizing are what the published code of each family does. Not verified against
 # published files: that crops at other sizes than 224 keep the same share of the edge.
@@ -76,6 +77,11 @@ FAMILIES = {
     "dino": Family("erf", 1e-6, "bicubic_dino", "imagenet", _BICUBIC),
     # Without registers; with them it resizes by `bicubic_antialias`.
     "dinov2": Family("erf", 1e-6, "bicubic_dino", "imagenet", _BICUBIC),
+    # Evaluated by a linear head on the fixed sine-cosine positions that it was trained with.
+    "moco": Family("erf", 1e-6, "bicubic", "imagenet", _BILINEAR),
+    # The first ImageNet-1k weights of each model but L/16, which has 242 pixels for 256.
+    "torchvision": Family("erf", 1e-6, "bicubic_corner", "imagenet", _BILINEAR),
+    "openclip": Family("erf", 1e-5, "bicubic_antialias", "openclip", _BICUBIC, 1.0),
     # Above 224 pixels MAE's fine-tuning resizes without a crop.
     "mae": Family("erf", 1e-6, "bicubic", "imagenet", _BICUBIC),
 }
@@ -90,10 +96,14 @@ class Imported:
       cfg: the network, in which every number comes from the file or its family.
       params: nested dicts of float32 numpy arrays, one `encoderblock_i` a layer.
       class_names: one name an output, if the file has them.
-      value_range: a name of `data.preprocess.VALUE_RANGES`.
+      value_range: for `data.value_ranges`.
       eval_transform: for `data.preprocess.parse_transform`.
       posemb_resize: a name of `interop.positions.METHODS`.
       notes: sentences about what was left out or assumed.
+      input_size: (H, W) of the images that `eval_transform` makes, where they are not those
+        that the positions of `cfg` are for.
+      unprepared: why images cannot be prepared as published, if so: what the file says.
+      multi_label: whether an image may have several classes, each with a sigmoid of its own.
     """
 
     family: str
@@ -104,6 +114,9 @@ class Imported:
     eval_transform: str
     posemb_resize: str
     notes: tuple[str, ...]
+    input_size: tuple[int, int] | None = None
+    unprepared: str = ""
+    multi_label: bool = False
 
 
 def imported(
@@ -193,10 +206,24 @@ def configure(source: Path, kind: type[_Config], **fields: Any) -> _Config:
         raise UserError(f"{source} does not describe a model: {error}") from error
 
 
+_SAY_SIZE = "say with --source_image_size=HEIGHTxWIDTH what images it was made for"
+
+
 def square_grid(
-    patches: int, patch_size: int, image_size: tuple[int, int] | None, source: Path
+    patches: int,
+    patch_size: int,
+    image_size: tuple[int, int] | None,
+    source: Path,
+    notes: list[str] | None = None,
 ) -> tuple[int, int]:
     """The image size (H, W) of `patches` patches: as given, or else square.
+
+    Args:
+      patches: how many there are.
+      patch_size: their edge in pixels.
+      image_size: as it was given.
+      source: for messages.
+      notes: gets a sentence where a square is assumed; None: the format knows none but squares.
 
     Raises:
       UserError: the given size has another number of patches, or none was given and the
@@ -206,20 +233,28 @@ def square_grid(
         edge = round(patches**0.5)
         if edge * edge != patches:
             raise UserError(
-                f"{source} is made for {patches} patches, which is no square: say the image "
-                f"size"
+                f"{source} is made for {patches} patches, which is no square: {_SAY_SIZE}"
+            )
+        if notes is not None and edge > 1:
+            notes.append(
+                f"The file does not say the shape of its {patches} patches: {edge} x {edge} "
+                f"assumed, --source_image_size=HEIGHTxWIDTH says another."
             )
         return edge * patch_size, edge * patch_size
     if (image_size[0] // patch_size) * (image_size[1] // patch_size) != patches:
         raise UserError(
             f"{source} is made for {patches} patches of {patch_size} pixels, "
-            f"which is not an image of {image_size[0]} x {image_size[1]}"
+            f"which is not an image of {image_size[0]} x {image_size[1]}: {_SAY_SIZE}"
         )
     return image_size
 
 
 def relative_size(
-    rows: int, patch_size: int, image_size: tuple[int, int] | None, source: Path
+    rows: int,
+    patch_size: int,
+    image_size: tuple[int, int] | None,
+    source: Path,
+    notes: list[str] | None = None,
 ) -> tuple[int, int]:
     """The image size (H, W) of a table of relative positions, as `square_grid` has it.
 
@@ -234,7 +269,12 @@ def relative_size(
         size = f"an image of {image_size[0]} x {image_size[1]}" if image_size else "a square"
         raise UserError(
             f"{source} has {rows} relative positions, which are not those of {size} in "
-            f"patches of {patch_size} pixels: say the image size that they were made for"
+            f"patches of {patch_size} pixels: {_SAY_SIZE}"
+        )
+    if notes is not None and not image_size and height > 1:
+        notes.append(
+            f"The file does not say the shape of its {rows} relative positions: {height} x "
+            f"{width} patches assumed, --source_image_size=HEIGHTxWIDTH says another."
         )
     return height * patch_size, width * patch_size
 
@@ -251,10 +291,11 @@ def guess_heads(depth: int, width: int, mlp_dim: int, source: Path) -> tuple[int
     if width % 64:
         raise UserError(
             f"{source} does not say the number of heads, and a width of {width} is not a "
-            f"multiple of 64 to infer it from: say the number of heads"
+            f"multiple of 64 to infer it from: say it with --num_heads=N"
         )
     heads = width // 64
-    return heads, f"The file does not say the number of heads: {heads}, of width 64, assumed."
+    note = f"The file does not say the number of heads: {heads}, of width 64, assumed"
+    return heads, f"{note}, --num_heads=N says another."
 
 
 def class_token(found: bool, pool: str) -> bool | None:

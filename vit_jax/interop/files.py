@@ -83,16 +83,39 @@ def read(path: Path) -> tuple[Arrays, str]:
     Raises:
       UserError: the file cannot be read, is damaged or holds a number that is not finite.
     """
+    arrays, kind = _read(path, nested=False)
+    check_finite(arrays, path)
+    return arrays, kind
+
+
+def read_nested(path: Path) -> tuple[Arrays, str]:
+    """As `read`, with the arrays of all dictionaries of a PyTorch file, joined by dots.
+
+    `{"model": {"head.bias": ...}}` is `model.head.bias`. Numbers may be not finite.
+
+    Raises:
+      UserError: the file cannot be read or is damaged.
+    """
+    return _read(path, nested=True)
+
+
+def _read(path: Path, nested: bool) -> tuple[Arrays, str]:
     with _named(path):
         if path.is_dir():
             raise _Reason("is a folder, not a file of weights")
         kind = _kind(path)
         if kind == "torch":
-            arrays, kind = _read_torch(path)
+            arrays, kind = _read_torch(path, nested)
         else:
             arrays = _read_npz(path) if kind == "npz" else _read_safetensors(path)
         if not arrays:
             raise _Reason("holds no arrays")
+        return arrays, kind
+
+
+def check_finite(arrays: Arrays, path: Path) -> None:
+    """Raises UserError if an array is of an unknown type, or not finite in float32."""
+    with _named(path):
         for name, value in arrays.items():
             if value.dtype.kind == "V" and value.dtype != _BF16:
                 raise _Reason(f"has an array {name!r} of unknown type {value.dtype}")
@@ -100,7 +123,6 @@ def read(path: Path) -> tuple[Arrays, str]:
                 finite = np.isfinite(value.astype(np.float32, copy=False)).all()
             if not finite:
                 raise _Reason(f"has NaN or infinite numbers (in float32) in array {name!r}")
-    return arrays, kind
 
 
 def _kind(path: Path) -> str:
@@ -156,6 +178,18 @@ def _member_count(path: Path, comment: int) -> int:
         file.seek(-22 - comment, os.SEEK_END)
         end = file.read(22)
     return int.from_bytes(end[10:12], "little")
+
+
+def npz_comment(path: Path) -> dict[str, Any]:
+    """What `write_npz` said beside the arrays, {} for other files."""
+    if not zipfile.is_zipfile(path):
+        return {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            said = json.loads(archive.comment or b"{}")["vit_jax"]
+        return said if isinstance(said, dict) else {}
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}  # a comment of somebody else's
 
 
 def _read_npy(file: IO[bytes], name: str, size: int) -> np.ndarray:
@@ -234,7 +268,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 WRAPPERS = ("model", "state_dict", "teacher", "student")
 
 
-def _read_torch(path: Path) -> tuple[Arrays, str]:
+_DEPTH = 8  # dictionaries within dictionaries that are looked into
+
+
+def _read_torch(path: Path, nested: bool) -> tuple[Arrays, str]:
     """Reads a pickle with PyTorch's restricted unpickler, which builds tensors and no more."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
@@ -256,15 +293,40 @@ def _read_torch(path: Path) -> tuple[Arrays, str]:
             "is a PyTorch file with more in it than arrays, and reading that could run code: "
             "where you trust it, save its state_dict alone, as .safetensors"
         ) from error
-    kind = "torch"
-    while isinstance(state, dict) and (key := next((k for k in WRAPPERS if k in state), None)):
-        state, kind = state[key], "wrapped"
     if not isinstance(state, dict):
         raise _Reason(f"is a PyTorch file with a {type(state).__name__}, not a state_dict")
-    tensors = {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
+    if nested:
+        tensors = _tensors(state, torch.Tensor)
+        flat = [x for x in state.values() if isinstance(x, torch.Tensor)]
+        kind = "torch" if len(flat) == len(tensors) else "wrapped"
+    else:
+        kind = "torch"
+        while isinstance(state, dict) and (
+            key := next(filter(state.__contains__, WRAPPERS), 0)
+        ):
+            state, kind = state[key], "wrapped"
+        if not isinstance(state, dict):
+            raise _Reason(f"is a PyTorch file with a {type(state).__name__}, not a state_dict")
+        tensors = {str(k): x for k, x in state.items() if isinstance(x, torch.Tensor)}
     # Strides of zero make a large tensor out of one number.
     _declared(sum(x.numel() * x.element_size() for x in tensors.values()), path.stat().st_size)
-    return {str(name): _from_torch(x) for name, x in tensors.items()}, kind
+    return {name: _from_torch(x) for name, x in tensors.items()}, kind
+
+
+def _tensors(state: Mapping[Any, Any], kind: type, depth: int = 0) -> dict[str, Any]:
+    """All tensors in nested dictionaries and lists, by their keys joined with dots."""
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        inside = {"": value} if isinstance(value, kind) else {}
+        value = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+        if isinstance(value, Mapping) and depth < _DEPTH:
+            inside = _tensors(value, kind, depth + 1)
+        for name, tensor in inside.items():
+            full = f"{key}.{name}" if name else str(key)
+            if full in found:
+                raise _Reason(f"has two arrays named {full!r}")
+            found[full] = tensor
+    return found
 
 
 def _from_torch(tensor: Any) -> np.ndarray:
@@ -277,13 +339,17 @@ def _from_torch(tensor: Any) -> np.ndarray:
 # ---- writing -------------------------------------------------------------------------------
 
 
-def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_npz(
+    path: Path, arrays: Mapping[str, np.ndarray], comment: Mapping[str, Any] | None = None
+) -> None:
     """Writes an uncompressed `.npz`, the same bytes for the same arrays.
 
-    bfloat16 becomes two nameless bytes (`V2`), as in everybody's files.
+    bfloat16 becomes two nameless bytes (`V2`), as in everybody's files. The comment, for
+    `npz_comment`, is that of the archive, which nobody else reads.
     """
 
     with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:
+        archive.comment = json.dumps({"vit_jax": comment}).encode() if comment else b""
         for name, value in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy")  # without the time of day
             with archive.open(entry, "w", force_zip64=True) as member:

@@ -18,6 +18,7 @@ generations:
 https://github.com/google-research/vision_transformer, .../big_vision
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -33,6 +34,7 @@ from vit_jax.interop.families import (
     Imported,
     axes,
     check_arrays,
+    class_token,
     configure,
     expected_shapes,
     flatten,
@@ -71,7 +73,13 @@ def recognises(names: Iterable[str]) -> bool:
     return any(ours.match(name) for name in names)
 
 
-def read(arrays: Arrays, source: Path, image_size: tuple[int, int] | None = None) -> Imported:
+def read(
+    arrays: Arrays,
+    source: Path,
+    image_size: tuple[int, int] | None = None,
+    family: str | None = None,
+    pool: str | None = None,
+) -> Imported:
     """Reads the arrays of a checkpoint.
 
     Args:
@@ -84,11 +92,12 @@ def read(arrays: Arrays, source: Path, image_size: tuple[int, int] | None = None
       UserError: our model cannot hold it exactly, or arrays are missing, unknown or misshapen.
     """
     arrays, prefix, notes = _strip_prefix(arrays)
+    said = family
     arrays = {
         name: _drop_ones(value, 1) if _GROUP_NORM.fullmatch(name) else value
         for name, value in arrays.items()
     }
-    family = "big_vision" if prefix.startswith("params/") else "google"
+    family = said or ("big_vision" if prefix.startswith("params/") else "google")
     holds = lambda pattern: any(re.match(pattern, name) for name in arrays)
     cfg: ModelConfig
     if holds(_MIXER) and not holds("Transformer/"):
@@ -98,8 +107,9 @@ def read(arrays: Arrays, source: Path, image_size: tuple[int, int] | None = None
         cfg = _configure_resnet(arrays, source, image_size, notes)
     else:
         arrays = _unstack(_modernise(arrays, source))
-        family = "google" if POSITIONS in arrays and family == "google" else "big_vision"
-        arrays, cfg = _configure(arrays, family, source, image_size, notes)
+        if said is None and POSITIONS not in arrays:
+            family = "big_vision"
+        arrays, cfg = _configure(arrays, family, source, image_size, notes, pool)
     check_arrays(arrays, expected_shapes(cfg), source)
     params = nest({k: value.astype(np.float32, copy=False) for k, value in arrays.items()})
     return imported(family, cfg, params, notes)
@@ -171,6 +181,7 @@ def _configure(
     source: Path,
     image_size: tuple[int, int] | None,
     notes: list[str],
+    given_pool: str | None = None,
 ) -> tuple[Arrays, ViTConfig]:
     """Reads the numbers of the model off the shapes; positions move to where ours are."""
     if "MAPHead_0/probe" in arrays and "cls" in arrays:
@@ -195,9 +206,11 @@ def _configure(
     _, mlp_dim = axes(arrays, f"{block}/MlpBlock_0/Dense_0/kernel", 2, source)
     representation_size = _outputs(arrays, "pre_logits", source)
     pool = "cls" if "cls" in arrays else "map" if "MAPHead_0/probe" in arrays else "gap"
+    token = "cls" in arrays
     if representation_size and family == "big_vision":
         notes.append("pre_logits is followed by tanh, which early big_vision models lacked.")
     arrays, posemb, image_size = _positions(arrays, pool, patch, image_size, source, notes)
+    pool = given_pool or pool
     blocks = {name.split("/")[1] for name in arrays if "/encoderblock_" in name}
     cfg = configure(
         source,
@@ -212,6 +225,7 @@ def _configure(
         num_classes=_outputs(arrays, "head", source),
         resnet=units,
         pool=pool,
+        class_token=class_token(token, pool),
         posemb=posemb,
         representation_size=representation_size or None,
         gelu=FAMILIES[family].gelu,
@@ -245,7 +259,13 @@ def _positions(
         # big_vision adds its positions before the class token; its early files did not.
         class_row = not _is_square(rows) and _is_square(rows - 1) and image_size is None
     image_size = square_grid(rows - class_row, patch, image_size, source)
-    table = with_prefix_rows(arrays[place], int(pool == "cls" and not class_row))
+    added = pool == "cls" and not class_row
+    table = with_prefix_rows(arrays[place], int(added))
+    if added:
+        notes.append(
+            "The class token has no position in the file: that of ours begins at zero, and "
+            "training moves it."
+        )
     rest = {name: value for name, value in arrays.items() if name != place}
     return rest | {POSITIONS: table}, "learned", image_size
 
@@ -382,8 +402,16 @@ def write(path: Path, cfg: ModelConfig, params: Params) -> tuple[str, ...]:
             name: value.reshape(1, 1, 1, -1) if _GROUP_NORM.fullmatch(name) else value
             for name, value in arrays.items()
         },
+        _comment(cfg),
     )
     return tuple(_left_unsaid(cfg))
+
+
+def _comment(cfg: ModelConfig) -> dict[str, list[int]] | None:
+    """The size of images, where a reader would take the patches for a square and be wrong."""
+    if isinstance(cfg, ResNetConfig) or cfg.grid[0] == cfg.grid[1]:
+        return None
+    return {"image_size": list(cfg.image_size)} if _is_square(math.prod(cfg.grid)) else None
 
 
 def _vit_arrays(path: Path, cfg: ViTConfig, params: Params) -> Arrays:

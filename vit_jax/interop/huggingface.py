@@ -31,6 +31,7 @@ from vit_jax.interop.families import (
     rename,
     square_grid,
 )
+from vit_jax.interop.huggingface_config import classes, image_size_of
 from vit_jax.interop.huggingface_names import (
     PATCHES,
     PREFIXES,
@@ -94,18 +95,21 @@ def read_folder(folder: Path) -> tuple[Arrays, str]:
     """Reads the weights of a folder, in one file or in several with an index.
 
     Returns:
-      As `files.read`.
+      As `files.read_nested`.
 
     Raises:
       UserError: there are none, or the index does not fit them.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
-            return files.read(folder / name)
+            return files.read_nested(folder / name)
         index = _read_json(folder / f"{name}.index.json")
         if index is not None:
             return _read_shards(folder, index, f"{name}.index.json")
-    raise UserError(f"{folder} has no weights: model.safetensors is what is looked for")
+    endings = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".npz")
+    others = sorted(p.name for p in folder.iterdir() if p.suffix in endings)[:4]
+    hint = f"; pass a file in it, such as {', '.join(others)}" if others else ""
+    raise UserError(f"{folder} has no weights: model.safetensors is what is looked for{hint}")
 
 
 def _read_shards(folder: Path, index: dict[str, Any], name: str) -> tuple[Arrays, str]:
@@ -117,7 +121,7 @@ def _read_shards(folder: Path, index: dict[str, Any], name: str) -> tuple[Arrays
     for shard in sorted({str(shard) for shard in where.values()}):
         if Path(shard).name != shard or "\\" in shard:
             raise UserError(f"{folder / name} names {shard!r}, which is outside the folder")
-        part, kind = files.read(folder / shard)
+        part, kind = files.read_nested(folder / shard)
         for key, value in part.items():
             if where.get(key) != shard:
                 raise UserError(f"{folder / shard} has array {key!r}, unknown to its index")
@@ -141,8 +145,19 @@ def read(
     config: dict[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
+    family: str | None = None,
+    pool: str | None = None,
 ) -> Imported:
     """Reads the arrays of a model, with or without its `config.json`.
+
+    Args:
+      state: arrays by their names.
+      source: where they come from, for messages; what lies beside it is read, too.
+      config: the `config.json`.
+      image_size: (H, W) that positions are for, if neither a square nor said by `config`.
+      num_heads: if it is not to be read from `config` or inferred from the width.
+      family: a name of `FAMILIES`, if it is not to follow from the kind of model.
+      pool: `cls` | `gap` | `cls_gap`, if it is not to follow from it either.
 
     Raises:
       UserError: our model cannot hold it exactly, or arrays are missing or misshapen.
@@ -160,16 +175,24 @@ def read(
         notes.append(f"Left out: {len(left)} arrays, which only pre-training uses.")
     names = layout(model, state)
     state = _unshare(split(state, names, source), notes)
-    cfg = _configure(state, model, config, source, image_size, num_heads, notes)
+    cfg = _configure(state, model, config, source, image_size, num_heads, family, pool, notes)
     params = convert(state, cfg, names, source)
     folder = source if source.is_dir() else source.parent
-    processor = _read_json(folder / "preprocessor_config.json") if config else None
-    given = from_processor(processor, cfg, notes) if processor else {}
-    given["class_names"] = _class_names(config, cfg.num_classes)
+    processor = _processor(folder) if config else None
+    given = from_processor(processor, model, cfg, notes) if processor else {}
+    given |= classes(config, cfg.num_classes, source, notes)
     # Their code resizes in ways of its own: BEiT originally by splines, DINOv2 by an odd scale.
     if model in ("beit", "dinov2"):
         given["posemb_resize"] = "half_pixel" if model == "beit" else "bicubic"
-    return imported(_FAMILY[model], cfg, params, notes, **given)
+    return imported(family or _FAMILY[model], cfg, params, notes, **given)
+
+
+def _processor(folder: Path) -> dict[str, Any] | None:
+    """What a folder says about images, with other processors or in a file of its own."""
+    inside = (_read_json(folder / "processor_config.json") or {}).get("image_processor")
+    if isinstance(inside, dict):
+        return inside
+    return _read_json(folder / "preprocessor_config.json")
 
 
 def _unshare(state: Arrays, notes: list[str]) -> Arrays:
@@ -198,6 +221,8 @@ def _configure(
     source: Path,
     image_size: tuple[int, int] | None,
     num_heads: int | None,
+    family: str | None,
+    given_pool: str | None,
     notes: list[str],
 ) -> ViTConfig:
     """Reads the numbers of the model off the shapes, and what they do not say off `config`."""
@@ -219,7 +244,8 @@ def _configure(
     if "pooler.dense.weight" in state and config.get("pooler_act", "tanh") != "tanh":
         raise UserError(f"{source} cannot be held exactly by our model: its pooler has no tanh")
     # Hugging Face's defaults, which for MAE and BEiT are not those of the original code.
-    epsilon = FAMILIES["dinov2" if dinov2 else "huggingface"].layer_norm_eps
+    numerics = FAMILIES[family or ("dinov2" if dinov2 else "huggingface")]
+    epsilon, gelu = numerics.layer_norm_eps, numerics.gelu
     outputs = lambda name: axes(state, name, 2, source)[0] if name in state else 0
     distillation = "none"
     if model == "deit" and "embeddings.distillation_token" in state:
@@ -227,14 +253,15 @@ def _configure(
     pooled = "pooler.layernorm.weight" in state
     num_classes = outputs("cls_classifier.weight") or outputs("classifier.weight")
     pool = "cls_gap" if dinov2 and num_classes else "gap" if pooled else "cls"
-    given = image_size or _image_size(config)
+    pool = given_pool or pool
+    given, unsaid = image_size or image_size_of(config), None if config else notes
     positions, table = "embeddings.position_embeddings", f"{block}{TABLE}"
     if positions in state:
         rows = axes(state, positions, 3, source)[1] - 1 - (distillation != "none")
-        image_size = square_grid(rows, patch, given, source)
+        image_size = square_grid(rows, patch, given, source, unsaid)
     else:
         rows = axes(state, table, 2, source)[0]
-        image_size = relative_size(rows, patch, given, source)
+        image_size = relative_size(rows, patch, given, source, unsaid)
     registers = "embeddings.register_tokens"
     scale = {"beit": "lambda_1"}.get(model, "layer_scale1.lambda1" if dinov2 else "")
     return configure(
@@ -259,29 +286,9 @@ def _configure(
         layer_scale_init=1e-5 if f"{block}{scale}" in state else None,
         mlp="swiglu" if swiglu else "gelu",
         key_bias=model != "beit",
-        gelu=_GELU[act],
+        gelu=_GELU[act] if "hidden_act" in config else gelu,
         layer_norm_eps=float(_number(config, "layer_norm_eps", epsilon, source)),
     )
-
-
-def _image_size(config: dict[str, Any]) -> tuple[int, int] | None:
-    size = config.get("image_size")
-    match size if isinstance(size, list) else [size, size]:
-        case [int(height), int(width)] if height > 0 and width > 0:
-            return height, width
-    return None  # the position embeddings will tell
-
-
-def _class_names(config: dict[str, Any], num_classes: int) -> tuple[str, ...] | None:
-    labels = config.get("id2label")
-    if not isinstance(labels, dict) or not num_classes:
-        return None
-    names = [labels.get(str(i)) for i in range(num_classes)]
-    if len(labels) != num_classes or not all(isinstance(name, str) for name in names):
-        return None
-    if all(name == f"LABEL_{i}" for i, name in enumerate(names)):
-        return None  # Hugging Face's words for no names
-    return tuple(map(str, names))
 
 
 # ---- writing -------------------------------------------------------------------------------
@@ -294,6 +301,8 @@ def write(
     class_names: tuple[str, ...] | None = None,
     value_range: str = "inception",
     eval_transform: str = "resize",
+    input_size: tuple[int, int] | None = None,
+    multi_label: bool = False,
 ) -> tuple[str, ...]:
     """Writes a folder that transformers' `from_pretrained` reads with nothing else given.
 
@@ -302,8 +311,10 @@ def write(
       cfg: the model; position embeddings of any kind become learned ones.
       params: its parameters, one `encoderblock_i` a layer.
       class_names: one an output.
-      value_range: `inception` | `imagenet`.
+      value_range: for `data.value_ranges`.
       eval_transform: for `data.preprocess.parse_transform`.
+      input_size: (H, W) that it ends in, if not that of the model: see `Imported`.
+      multi_label: whether an image may have several classes.
 
     Returns:
       Sentences about what the folder says less exactly than we would.
@@ -319,7 +330,7 @@ def write(
             f"class names"
         )
     notes: list[str] = []
-    processor = to_processor(cfg, value_range, eval_transform, notes)
+    processor = to_processor(cfg, value_range, eval_transform, notes, input_size)
     arrays = export(cfg, params, folder)
     if cfg.posemb == "none" and model == "beit":
         del arrays[POSITIONS]
@@ -333,6 +344,8 @@ def write(
         state[f"{prefix}embeddings.mask_token"] = np.zeros((1, cfg.width), np.float32)
     state = join(state, names)
     config = _config(cfg, class_names) | _special(cfg, model)
+    if multi_label:
+        config["problem_type"] = "multi_label_classification"
     files.write_safetensors(folder / "model.safetensors", state)
     _write_json(folder / "preprocessor_config.json", processor)
     _write_json(folder / "config.json", config)

@@ -8,6 +8,7 @@ tables when shrinking). So the way has a name:
   half_pixel         bilinear between pixel centres: timm, when it reads Google's files
   bicubic            a = -0.75, centres, no antialias: DeiT, MAE, Hugging Face
   bicubic_antialias  a = -0.5, centres, antialias: timm otherwise, DINOv2 with registers
+  bicubic_corner     a = -0.75, between corners: torchvision
   bicubic_dino       `bicubic` with DINO's and DINOv2's scale of (new + 0.1) / old
   geometric_cubic    BEiT's relative positions: cubic splines through points whose distance
                      grows outwards as a geometric series, so that near offsets keep theirs
@@ -76,6 +77,10 @@ def _bicubic(old: int, new: int, offset: float = 0.0) -> np.ndarray:
     return _clamped(_half_pixel_centres(old, new, offset), old, _keys(-0.75), 2)
 
 
+def _bicubic_corner(old: int, new: int) -> np.ndarray:
+    return _clamped(np.linspace(0, old - 1, new), old, _keys(-0.75), 2)
+
+
 def _bicubic_dino(old: int, new: int) -> np.ndarray:
     # DINO resizes only when the grid differs, and then with its odd scale on both axes.
     return _bicubic(old, new, 0.1)
@@ -122,6 +127,7 @@ METHODS: dict[str, Callable[[int, int], np.ndarray]] = {
     "half_pixel": _half_pixel,
     "bicubic": _bicubic,
     "bicubic_antialias": _bicubic_antialias,
+    "bicubic_corner": _bicubic_corner,
     "bicubic_dino": _bicubic_dino,
     "geometric": _geometric,
     "geometric_cubic": _geometric_cubic,

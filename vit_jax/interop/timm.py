@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.interop import files
+from vit_jax.interop import files, timm_config
 from vit_jax.interop.families import (
     FAMILIES,
     Arrays,
@@ -32,7 +32,7 @@ from vit_jax.interop.families import (
     square_grid,
     with_prefix_rows,
 )
-from vit_jax.interop.preprocessing import from_timm
+from vit_jax.interop.huggingface_config import classes
 from vit_jax.interop.torch_layout import (
     POSITIONS,
     Layout,
@@ -46,7 +46,9 @@ from vit_jax.interop.torch_layout import (
     to_torch,
 )
 from vit_jax.models.model import Params
-from vit_jax.models.vit_config import ViTConfig
+from vit_jax.models.vit_config import CHOICES, ViTConfig
+
+POOLS = CHOICES["pool"]
 
 # ---- timm ----------------------------------------------------------------------------------
 
@@ -91,7 +93,6 @@ SWIGLU = LAYOUT._replace(
     | {"MlpBlock_0/gate": "mlp.fc1[gate]", "MlpBlock_0/Dense_0": "mlp.fc1[value]"},
     joined={**LAYOUT.joined, "mlp.fc1": ("gate", "value")},
 )
-_PREFIXES = ("", "module.backbone.", "backbone.", "module.", "model.")
 _PAPERS = {
     r"\.gamma_([12])$": r".ls\1.gamma",  # BEiT, DeiT III
     r"\.attn\.q_bias$": ".attn.qkv[query].bias",  # BEiT
@@ -101,6 +102,7 @@ _PAPERS = {
     r"\.mlp\.w3\.": ".mlp.fc2.",
 }
 _PRETRAINING = r"(mask_token$|decoder_|lm_head\.)"
+_MOCO = r"|head\.\d|predictor\."  # the projection of its encoders
 _INDEX = r"(^|\.)relative_position_index$"  # follows from the shape
 _SHARED = "rel_pos_bias.relative_position_bias_table"
 _TABLE = "attn.relative_position_bias_table"
@@ -115,7 +117,7 @@ _REFUSED = {
 
 def recognises(names: Iterable[str]) -> bool:
     """Whether arrays of these names are a Vision Transformer in timm's layout."""
-    return any(f"{prefix}patch_embed.proj.weight" in names for prefix in _PREFIXES)
+    return "patch_embed.proj.weight" in names
 
 
 def read(
@@ -125,40 +127,83 @@ def read(
     origin: str = "safetensors",
     image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
+    family: str | None = None,
+    pool: str | None = None,
+    prefix: str = "",
 ) -> Imported:
     """Reads a state dict.
 
     Args:
-      state: arrays by their names in the file.
+      state: arrays by their names in the network.
       source: where they come from, for messages.
       config: the `config.json` of a timm folder, if there is one.
       origin: the second result of `files.read`.
       image_size: (H, W) if the position embeddings are not for a square.
       num_heads: if it is not to be inferred from the width.
+      family: a name of `FAMILIES`, if it is not to be guessed.
+      pool: `cls` | `gap` | `cls_gap` | `map`, if the arrays do not tell.
+      prefix: what stood before the names in the file.
 
     Raises:
       UserError: our model cannot hold it exactly, or arrays are missing or misshapen.
     """
     notes: list[str] = []
     config = config if config and "architecture" in config else None  # it is of timm
-    state, prefix = _strip_prefix(state, source, notes)
+    state = _unchunk(rename(state, _todays, source))
     decoder = any(name.startswith("decoder_") for name in state)
     mask = "mask_token" in state
-    if left := sorted(name for name in state if re.match(_PRETRAINING, name)):
+    contrastive = re.search(r"(base|momentum)_encoder\.", prefix)
+    pretraining = _PRETRAINING + (_MOCO if contrastive else "")
+    if left := sorted(name for name in state if re.match(pretraining, name)):
         notes.append(f"Left out: {len(left)} arrays, such as {left[0]}, of pre-training only.")
     state = {name: x for name, x in state.items() if name not in left}
     refuse(state, _REFUSED, source)
     layout = SWIGLU if _has_gate(state, source) else LAYOUT
     state = _unshare(split(state, layout, source), notes)
-    args = _model_args(config)
-    state, rows, image_size = _positions(state, source, image_size)
-    family = _family(state, prefix, origin, decoder, mask, rows, config, notes)
-    cfg = _configure(state, family, source, image_size, num_heads, args, notes)
-    given = from_timm(config, cfg, notes) if config else {}
+    args = timm_config.model_args(config)
+    if offset := timm_config.pretrained_cfg(config or {}).get("label_offset"):
+        raise UserError(
+            f"{source} has label_offset={offset!r} in its config.json, by which classes are "
+            f"moved: save it anew by timm, which applies it"
+        )
+    if args.get("pool_include_prefix"):
+        raise UserError(
+            f"{source} cannot be held exactly by our model: it pools the class token with the "
+            f"patches (pool_include_prefix), ours the patches alone"
+        )
+    state, rows, image_size = _positions(state, source, image_size, config, notes)
+    if family is None:
+        seen = "moco" if contrastive else None
+        family = seen or _family(state, prefix, origin, decoder, mask, rows, config, notes)
+    cfg = _configure(state, family, source, image_size, num_heads, args, pool, notes)
+    given = timm_config.read_images(config, cfg, notes) if config else {}
+    if config and config.get("problem_type"):  # of transformers' wrapper around timm
+        about = classes(config, cfg.num_classes, source, notes)
+        given["multi_label"] = about["multi_label"]
     if family == "beit" and config:
         given["posemb_resize"] = "geometric"  # the original interpolates by cubic splines
     params = convert(state, cfg, layout, source)
     return imported(family, cfg, params, notes, **given)
+
+
+def _todays(name: str) -> str:
+    """timm's name for an array of a paper's code."""
+    for old, new in _PAPERS.items():
+        name = re.sub(old, new, name)
+    return name
+
+
+def _unchunk(state: Arrays) -> Arrays:
+    """DINOv2 trains in chunks: `blocks.1.6.norm1.weight` is of block 6."""
+    chunked = re.compile(r"blocks\.(\d+)\.(\d+)\.(?=\D)")
+    found = {match.groups() for match in map(chunked.match, state) if match}
+    order = sorted(found, key=lambda pair: (int(pair[0]), int(pair[1])))
+    numbers = [index for _, index in order]
+    if len(set(numbers)) < len(numbers):  # each chunk counts from 0
+        numbers = list(map(str, range(len(order))))
+    place = dict(zip(order, numbers, strict=True))
+    new = lambda match: f"blocks.{place[match.groups()]}."
+    return {chunked.sub(new, name, count=1): x for name, x in state.items()}
 
 
 def _has_gate(state: Arrays, source: Path) -> bool:
@@ -177,33 +222,12 @@ def _unshare(state: Arrays, notes: list[str]) -> Arrays:
     return state | {LAYOUT.block.format(i=i) + _TABLE: shared for i in range(depth)}
 
 
-def _strip_prefix(state: Arrays, source: Path, notes: list[str]) -> tuple[Arrays, str]:
-    prefix = next((p for p in _PREFIXES if f"{p}patch_embed.proj.weight" in state), "")
-    inside = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    if left := len(state) - len(inside):
-        notes.append(f"Left out: {left} arrays outside {prefix!r}, such as a projection head.")
-
-    def todays(name: str) -> str:
-        for old, new in _PAPERS.items():
-            name = re.sub(old, new, name)
-        return name
-
-    return rename(inside, todays, source), prefix
-
-
-def _model_args(config: dict[str, Any] | None) -> dict[str, Any]:
-    """What a timm `config.json` says about the network."""
-    config = config or {}
-    args = config.get("model_args")
-    args = dict(args) if isinstance(args, dict) else {}
-    return {"global_pool": config.get("global_pool")} | args
-
-
-def _pool(state: Arrays, args: dict[str, Any], source: Path) -> str:
+def _pool(state: Arrays, args: dict[str, Any], source: Path, given: str | None) -> str:
     found = "cls" if "cls_token" in state and "fc_norm.weight" not in state else "gap"
     found = "map" if "attn_pool.latent" in state else found
-    said = args["global_pool"]
-    pool = {None: found, "token": "cls", "avg": "gap", "map": "map"}.get(said, "")
+    said = given or args["global_pool"]
+    pools = {None: found, "token": "cls", "avg": "gap"} | {name: name for name in POOLS}
+    pool = pools.get(said, "")
     if not pool or (pool == "map") != (found == "map"):
         raise UserError(
             f"{source} cannot be held exactly by our model: it pools by {said!r}, where the "
@@ -213,29 +237,45 @@ def _pool(state: Arrays, args: dict[str, Any], source: Path) -> str:
 
 
 def _positions(
-    state: Arrays, source: Path, image_size: tuple[int, int] | None
+    state: Arrays,
+    source: Path,
+    image_size: tuple[int, int] | None,
+    config: dict[str, Any] | None,
+    notes: list[str],
 ) -> tuple[Arrays, int, tuple[int, int]]:
     """Gives position embeddings a row for the class token and none for registers.
+
+    Where no `image_size` is given, they are for the one that `config` says, if they fit it,
+    and else for a square, which timm resizes as it loads them.
 
     Returns:
       The state, how many rows there were before the patches, and (H, W).
     """
     patch = axes(state, "patch_embed.proj.weight", 4, source)[2]
+    grid = lambda size: (size[0] // patch, size[1] // patch)
+    sizes = [image_size] if image_size else list(timm_config.sizes(config))
+    unsaid = None if config else notes
     if "pos_embed" not in state:
         offsets = axes(state, f"blocks.0.{_TABLE}", 2, source)[0]
-        return state, 0, relative_size(offsets, patch, image_size, source)
+        holds = lambda size: math.prod(2 * n - 1 for n in grid(size)) + 3 == offsets
+        said = image_size or next(filter(holds, sizes), None)
+        return state, 0, relative_size(offsets, patch, said, source, unsaid)
     total = axes(state, "pos_embed", 3, source)[1]
     before = sum(name in state for name in ("cls_token", "dist_token"))
     registers = axes(state, "reg_token", 3, source)[1] if "reg_token" in state else 0
     choices = sorted({0, before, before + registers})
-
-    def fits(rows: int) -> bool:
-        if image_size:
-            return total - rows == (image_size[0] // patch) * (image_size[1] // patch)
-        return total > rows and math.isqrt(total - rows) ** 2 == total - rows
-
-    rows = next((rows for rows in choices if fits(rows)), before)
-    image_size = square_grid(total - rows, patch, image_size, source)
+    square = lambda n: n > 0 and math.isqrt(n) ** 2 == n
+    fits: list[tuple[int, tuple[int, int] | None]]
+    fits = [(n, size) for size in sizes for n in choices if total - n == math.prod(grid(size))]
+    if not fits and not image_size:
+        fits = [(n, None) for n in choices if square(total - n)]
+        if sizes and fits:
+            notes.append(
+                f"config.json says images of {sizes[0][0]} x {sizes[0][1]}, and the positions "
+                f"are for others: for a square, as timm assumes it."
+            )
+    rows, said = fits[0] if fits else (before, image_size)
+    image_size = square_grid(total - rows, patch, said, source, unsaid)
     state, table = dict(state), state["pos_embed"]
     if rows > before and state["reg_token"].shape[::2] == table.shape[::2]:
         # Adding a register's position to the register itself is the same.
@@ -284,7 +324,8 @@ def _family(
     if config is None:
         notes.append(
             f"Nothing in the file tells DeiT, DINO, MAE and timm apart for sure: the "
-            f"preprocessing of {family!r} assumed, from the form of the file."
+            f"preprocessing of {family!r} assumed, from the form of the file; --family=NAME "
+            f"says another."
         )
     return family
 
@@ -296,6 +337,7 @@ def _configure(
     image_size: tuple[int, int],
     num_heads: int | None,
     args: dict[str, Any],
+    pool: str | None,
     notes: list[str],
 ) -> ViTConfig:
     """Reads the numbers of the model off the shapes."""
@@ -303,7 +345,7 @@ def _configure(
     mlp_dim = axes(state, "blocks.0.mlp.fc2.weight", 2, source)[1]
     swiglu = "blocks.0.mlp.fc1[gate].weight" in state
     relative = f"blocks.0.{_TABLE}" in state
-    pool = _pool(state, args, source)
+    pool = _pool(state, args, source, pool)
     depth = count_blocks(state, r"blocks\.(\d+)\.")
     if num_heads is None and type(args.get("num_heads")) is int:
         num_heads = args["num_heads"]
@@ -393,12 +435,29 @@ def state_dict(cfg: ViTConfig, params: Params, class_row: bool = True) -> Arrays
 
 # What our own files say in the header about the network.
 SAID = ("num_heads", "gelu", "layer_norm_eps", "image_size", "pool", "class_token")
+# And about images and classes: fields of an `Imported`.
+IMAGES = (
+    "family",
+    "value_range",
+    "eval_transform",
+    "posemb_resize",
+    "input_size",
+    "class_names",
+)
 
 
-def write(path: Path, cfg: ViTConfig, params: Params) -> tuple[str, ...]:
+def write(
+    path: Path, cfg: ViTConfig, params: Params, images: dict[str, Any] | None = None
+) -> tuple[str, ...]:
     """Writes a `.safetensors` file with the state dict of a timm model.
 
     That is a `VisionTransformer`, a `VisionTransformerDistilled` or a `Beit`.
+
+    Args:
+      path: where to.
+      cfg: the model.
+      params: its parameters, one `encoderblock_i` a layer.
+      images: what `IMAGES` are, for the header, which nobody else reads.
 
     Returns:
       Sentences about what whoever reads the file has to know.
@@ -416,7 +475,7 @@ def write(path: Path, cfg: ViTConfig, params: Params) -> tuple[str, ...]:
             raise UserError(f"cannot write {path}: timm has no {what}")
     # timm's arrays say none of this; the header can, to us.
     said = {field: getattr(cfg, field) for field in SAID}
-    metadata = {"vit_jax": json.dumps(said)}
+    metadata = {"vit_jax": json.dumps(said | (images or {}))}
     files.write_safetensors(
         path, state_dict(cfg, params, class_row=not cfg.registers), metadata
     )

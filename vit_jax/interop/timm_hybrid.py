@@ -13,6 +13,7 @@ weights at 224 x 224 pixels, logits differ from timm's by 4e-6 of the largest on
 https://github.com/huggingface/pytorch-image-models
 """
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,7 @@ from typing import Any, cast
 import numpy as np
 
 from vit_jax.errors import UserError
-from vit_jax.interop import timm
+from vit_jax.interop import timm, timm_config
 from vit_jax.interop.families import (
     FAMILIES,
     Arrays,
@@ -35,7 +36,6 @@ from vit_jax.interop.families import (
     nest,
     square_grid,
 )
-from vit_jax.interop.preprocessing import from_timm
 from vit_jax.interop.torch_layout import count_blocks
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.resnet import reduction
@@ -79,6 +79,7 @@ def read(
     config: dict[str, Any] | None = None,
     image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
+    pool: str | None = None,
 ) -> Imported:
     """Reads the state dict of a hybrid; see `timm.read`.
 
@@ -98,10 +99,22 @@ def read(
     units = _units(backbone)
     cell = reduction(units)  # pixels of one cell of the map
     # Only timm has such names: where there is no config.json, no family is left to guess.
-    config = config if config and "architecture" in config else {"architecture": "hybrid"}
-    map_size = (image_size[0] // cell, image_size[1] // cell) if image_size else None
+    bare = config is None or "architecture" not in config
+    config = {"architecture": "hybrid"} if config is None or bare else config
+    # What it says about images is about the pixels, not about the cells of the map.
+    of_map = {"architecture": "hybrid", "global_pool": config.get("global_pool")}
+    of_map["model_args"] = timm_config.model_args(config) | {"img_size": None}
     rest = {name: x for name, x in state.items() if not name.startswith(start)}
-    found = timm.read(rest, source, config, "safetensors", map_size, num_heads)
+    in_cells = lambda size: (size[0] // cell, size[1] // cell)
+    sizes = [image_size] if image_size else list(timm_config.sizes(config))
+    map_size = next((in_cells(size) for size in sizes if _holds(rest, in_cells(size))), None)
+    if image_size:
+        map_size = in_cells(image_size)
+    found = timm.read(
+        rest, source, of_map, "safetensors", map_size, num_heads, None, pool, prefix
+    )
+    if map_size is None and bare:
+        found = dataclasses.replace(found, notes=(*found.notes, _assumed(found)))
     vit, notes = cast(ViTConfig, found.cfg), list(found.notes)
     if vit.channels != (256 << len(units) - 1 if units else 64):
         raise UserError(
@@ -113,7 +126,7 @@ def read(
         "resnet": units,
         "channels": axes(backbone, f"{stem}conv.weight", 4, source)[1],
         "patch_size": vit.patch_size * cell,
-        "image_size": image_size or (vit.image_size[0] * cell, vit.image_size[1] * cell),
+        "image_size": (vit.image_size[0] * cell, vit.image_size[1] * cell),
     }
     cfg = configure(source, ViTConfig, **{**vars(vit), **fields})
     shapes = {k: s for k, s in expected_shapes(cfg).items() if re.match(_RESNET, k)}
@@ -123,8 +136,25 @@ def read(
         "whose are taken: logits differ from timm's by up to 1e-4 of the largest one (measured "
         "with random weights: 4e-6 in R+Ti/16, 4e-5 in R26+S/32, 1e-4 in R50+B/16)."
     )
-    given = from_timm(config, cfg, [])  # once more, now for images instead of maps
+    given = timm_config.read_images(config, cfg, notes)
     return imported("timm", cfg, found.params | nest(arrays), notes, **given)
+
+
+def _holds(state: Arrays, cells: tuple[int, int]) -> bool:
+    """Whether position embeddings of one prefix row or none are for a map of that size."""
+    patch, table = state.get("patch_embed.proj.weight"), state.get("pos_embed")
+    if patch is None or table is None or patch.ndim != 4 or table.ndim != 3:
+        return False  # of which reading will complain
+    patches = (cells[0] // patch.shape[2]) * (cells[1] // patch.shape[2])
+    return table.shape[1] - patches in (0, 1, 2)
+
+
+def _assumed(found: Imported) -> str:
+    rows, columns = cast(ViTConfig, found.cfg).grid
+    return (
+        f"The file does not say the shape of its {rows * columns} patches: {rows} x {columns} "
+        f"assumed, --source_image_size=HEIGHTxWIDTH says another."
+    )
 
 
 def _units(names: Iterable[str]) -> tuple[int, ...]:
@@ -187,20 +217,26 @@ def read_mixer(
     """
     notes: list[str] = []
     config = config if config and "architecture" in config else {}
-    cfg = _configure_mixer(state, source, config, image_size)
+    cfg = _configure_mixer(state, source, config, image_size, notes)
     arrays = _convert(state, expected_shapes(cfg), _mixer_name, source)
-    given = from_timm(config, cfg, notes)
+    given = timm_config.read_images(config, cfg, notes)
     return imported("timm", cfg, nest(arrays), notes, **given)
 
 
 def _configure_mixer(
-    state: Arrays, source: Path, config: dict[str, Any], image_size: tuple[int, int] | None
+    state: Arrays,
+    source: Path,
+    config: dict[str, Any],
+    image_size: tuple[int, int] | None,
+    notes: list[str],
 ) -> MixerConfig:
     """Reads the numbers of the model off the shapes."""
     width, channels, patch, _ = axes(state, "stem.proj.weight", 4, source)
     tokens_mlp_dim, patches = axes(state, "blocks.0.mlp_tokens.fc1.weight", 2, source)
     mlp_dim, _ = axes(state, "blocks.0.mlp_channels.fc1.weight", 2, source)
-    image_size = square_grid(patches, patch, image_size, source)
+    holds = lambda size: (size[0] // patch) * (size[1] // patch) == patches
+    image_size = image_size or next(filter(holds, timm_config.sizes(config)), None)
+    image_size = square_grid(patches, patch, image_size, source, None if config else notes)
     args = config.get("model_args")
     activation = args.get("act_layer", "gelu") if isinstance(args, dict) else "gelu"
     if (gelu := {"gelu": "erf", "gelu_tanh": "tanh"}.get(str(activation))) is None:
