@@ -227,7 +227,7 @@ def test_other_channels_are_bad_images(image, channels, bits, said):
     assert "some/scan" in str(caught.value)
 
 
-@pytest.mark.parametrize(("channels", "bits"), [(0, 8), (True, 8), (3, 12), (2.5, 8)])
+@pytest.mark.parametrize(("channels", "bits"), [(0, 8), (-3, 8), (3, 12), (2.5, 8)])
 def test_settings_that_no_image_has(channels, bits):
     with pytest.raises(UserError, match=r"data\.(channels|bits) is"):
         pixels_of(noise(3), channels, bits)
