@@ -107,7 +107,15 @@ def _splits(root: Path) -> list[str]:
 
 def _folders(root: Path) -> list[str]:
     with os.scandir(root) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+        return sorted(e.name for e in entries if _is_dir(e) and not e.name.startswith("."))
+
+
+def _is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one; a link to itself is nothing."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _tell_of_twins(root: Path, classes: tuple[str, ...]) -> None:
@@ -182,11 +190,11 @@ def _images(root: Path, name: str, dates: dict[str, int]) -> list[str]:
                 if entry.name.startswith("."):
                     continue
                 path = f"{folder}/{entry.name}"
-                if entry.is_dir():
+                if _is_dir(entry):
                     pending.append((path, above | {identity}))
-                # To open a pipe would wait for ever; a dead link is an error when read.
+                # What is no file is no image; a dead link is an error when read.
                 elif entry.name.lower().endswith(EXTENSIONS) and (
-                    entry.is_file() or entry.is_symlink()
+                    entry.is_symlink() or entry.is_file()
                 ):
                     found.append(path)
     return found
