@@ -6,7 +6,8 @@ Writes the model's representation (what its head sees) of each image as one floa
 length 1, ready for a vector index, together with the file names:
 
   FILE.npz      arrays `embeddings` (N, D) and `names` (N,)
-  FILE.npy      the (N, D) array, with FILE.names.txt beside it, one name a line
+  FILE.npy      the (N, D) array, with FILE.names.txt beside it, one name a line, in which
+                a line break is written \\n and a backslash \\\\, as in Python
   FILE.parquet  columns `name` and `embedding`
 
 Rows are written as they are made, so a folder may be larger than memory. An image that cannot
@@ -15,6 +16,7 @@ be read is reported and left out, and makes the exit code 1. The output appears 
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import zipfile
@@ -72,7 +74,8 @@ def _write_parquet(path: Path, rows: Iterator[Row], width: int) -> None:
         while group := [row for row, _ in zip(rows, range(1024), strict=False)]:
             names, vectors = zip(*group, strict=True)
             flat = pa.array(np.concatenate(vectors).astype(np.float32))
-            table = [pa.array(names), pa.FixedSizeListArray.from_arrays(flat, width)]
+            texts = [name.encode("utf-8", "backslashreplace").decode() for name in names]
+            table = [pa.array(texts), pa.FixedSizeListArray.from_arrays(flat, width)]
             writer.write_batch(pa.record_batch(table, schema=schema))
 
 
@@ -92,11 +95,14 @@ def write_embeddings(path: Path, rows: Iterator[Row], width: int) -> None:
         else:
             names = _write_npy(part, rows, width)
             if path.suffix == ".npy":
-                names_file.write_text("".join(f"{name}\n" for name in names))
+                text = "".join(f"{one_line(name)}\n" for name in names)
+                names_file.write_text(text, encoding="utf-8")
             else:
                 _pack(part, names)
         os.replace(part, path)
     except OSError as error:
+        if error.filename not in (None, str(part), str(path), str(names_file)):
+            raise  # of an image or a model, not of the output
         raise UserError(f"--output={path} cannot be written: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
@@ -114,6 +120,18 @@ def _pack(npy: Path, names: list[str]) -> None:
         with archive.open("names.npy", "w") as to:
             np.lib.format.write_array(to, np.array(names, np.str_))
     os.replace(packed, npy)
+
+
+# A backslash, and what some reader takes for the end of a line or cannot encode.
+_UNFIT = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def one_line(name: str) -> str:
+    """A name of a file, which may hold any character, on one line of text.
+
+    Undone by `text.encode("latin-1", "backslashreplace").decode("unicode_escape")`.
+    """
+    return _UNFIT.sub(lambda match: match[0].encode("unicode_escape").decode(), name)
 
 
 def define_flags() -> None:

@@ -403,10 +403,17 @@ def say(message: str) -> None:
 
 
 def save(record: dict[str, Any]) -> None:
-    """Appends a line to the evaluations of a work directory, where there is one."""
+    """Appends a line to the evaluations of a work directory, where there is one.
+
+    One that may only be read is evaluated all the same, with a note.
+    """
     if (workdir := flags.FLAGS.workdir) and processes.is_first():
-        with (Path(workdir) / "evaluations.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        path = Path(workdir) / "evaluations.jsonl"
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            print(f"note: {path} cannot be written ({error.strerror})", file=sys.stderr)
 
 
 def named_outputs(model: trained.Trained, given: str) -> tuple[str, ...]:

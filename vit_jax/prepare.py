@@ -29,11 +29,11 @@ from PIL import Image
 from tqdm import tqdm
 
 import vit_jax
-from vit_jax import cli
+from vit_jax import bounded, cli
 from vit_jax.atomic import replacing
 from vit_jax.data import records, sources
 from vit_jax.data.bad_images import DEFAULT_SHARE, BadImages
-from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.decode import MOST_BYTES, BadImage, decode
 from vit_jax.data.deferred import resize
 from vit_jax.data.planes import Planes
 from vit_jax.data.records import Packed
@@ -145,7 +145,11 @@ def encoded(example: dict[str, Any], resize_shorter: int | None) -> bytes:
     content = example["image"]
     if isinstance(content, str):
         try:
-            content = Path(content).read_bytes()
+            content = bounded.read(content, MOST_BYTES)
+        except bounded.Unfit as error:
+            raise BadImage(
+                f"image {example['name']} cannot be read ({error.strerror}); remove it."
+            ) from error
         except OSError as error:
             raise UserError(
                 f"image {example['name']} cannot be read ({error.strerror}); put it back, or "

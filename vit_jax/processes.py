@@ -7,7 +7,8 @@ they meet. Nothing here matters to a single process.
 A process that dies would leave the others waiting in the middle of a step. JAX notices by
 heartbeats, after a while, and aborts. So each process also holds a connection to process 0,
 which the system closes when either of them dies, and that ends all of them at once, with a
-sentence that names who died.
+sentence that names who died. What one of them has to say before it ends, all others say too;
+and who says nothing for a minute, because it was stopped or has no network, counts as dead.
 """
 
 import contextlib
@@ -29,11 +30,16 @@ import numpy as np
 from absl import flags
 from jax.experimental import multihost_utils
 
-from vit_jax.errors import UserError
+from vit_jax import meeting
+from vit_jax.errors import UserError, of_system
 
-HEARTBEAT_TIMEOUT = 60  # seconds after which JAX finds a machine without power or network
-_DONE = b"done"
+HEARTBEAT_TIMEOUT = 90  # seconds after which JAX finds a machine without power or network
+_SILENCE = 60.0  # the same, for our own connections: first, as JAX would abort
+_BEAT = 5.0  # seconds between signs of life
 _GRACE = 10  # seconds for the news of a death to arrive, when a step has failed because of it
+
+# What processes say to each other, a line each; the last two are followed by a text.
+_DONE, _ALIVE, _DIED, _SAID = "done", "alive", "died", "said"
 
 
 # --- Who takes part -----------------------------------------------------------------------
@@ -125,10 +131,12 @@ def together() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _end(f"process {jax.process_index()}: {error}")
+        watch.end(str(error))
     except KeyboardInterrupt:
         _end(f"process {jax.process_index()} was interrupted")
-    except BaseException:
+    except BaseException as error:
+        if (told := of_system(error)) and not isinstance(error, ConnectionError):
+            watch.end(str(told))
         time.sleep(_GRACE)  # it may fail because another one died: the watch then ends it
         sys.excepthook(*sys.exc_info())
         _end(f"process {jax.process_index()} on {socket.gethostname()} failed: see above")
@@ -153,6 +161,8 @@ def _connect(place: Place, timeout: int) -> None:
     timer.daemon = True
     timer.start()
     try:
+        if place.coordinator is not None:
+            meeting.meet(*place, timeout)  # type: ignore[arg-type]
         jax.distributed.initialize(
             *place,
             # On an explicit place every process takes all devices that it sees.
@@ -210,8 +220,10 @@ class _Watch:
                     f"found after {HEARTBEAT_TIMEOUT} s",
                     file=sys.stderr,
                 )
+        self._speaking = threading.Lock()
         for item in self._connections.items():
             threading.Thread(target=self._listen, args=item, daemon=True).start()
+        threading.Thread(target=self._live, daemon=True).start()
 
     def _connect(self, host: str, port: int, word: str) -> None:
         connection = socket.create_connection((host, port), timeout=_GRACE)
@@ -230,32 +242,53 @@ class _Watch:
                 else:
                     connection.close()
 
+    def _live(self) -> None:
+        while not self._leaving.wait(_BEAT):
+            self._tell(_ALIVE)
+
+    def _tell(self, what: str, but: int | None = None) -> None:
+        line = " ".join(what.split())[:2000].encode() + b"\n"
+        with self._speaking:
+            for index, connection in self._connections.items():
+                if index != but:
+                    with contextlib.suppress(OSError):
+                        connection.sendall(line)
+
     def _listen(self, index: int, connection: socket.socket) -> None:
-        connection.settimeout(None)
+        name, news = self._names[index], ""
+        connection.settimeout(_SILENCE)
         try:
-            said = connection.recv(1024)
+            lines = connection.makefile("rb")
+            while (news := lines.readline().decode(errors="replace").strip()) == _ALIVE:
+                pass
+        except TimeoutError:
+            news = (
+                f"{_SAID} {name} has said nothing for {_SILENCE:.0f} s: it was stopped, or its "
+                "machine has lost power or network"
+            )
         except OSError:
-            said = b""
-        if said == _DONE or self._leaving.is_set():
+            pass
+        if news == _DONE or self._leaving.is_set():
             return
-        # What process 0 says is the name of somebody else, who died.
-        name = said.decode(errors="replace") or self._names[index]
-        for other, open_connection in self._connections.items():
-            if other != index:
-                with contextlib.suppress(OSError):
-                    open_connection.sendall(name.encode())
+        kind, _, text = (news or f"{_DIED} {name}").partition(" ")
+        self._tell(f"{kind} {text}", but=index)
+        if kind == _SAID:
+            _end(text)
         _end(
-            f"{name} has died, so {self._names[self._index]} ends too: see the log of that "
+            f"{text} has died, so {self._names[self._index]} ends too: see the log of that "
             f"one; the same command on all of them continues from the last checkpoint"
         )
+
+    def end(self, sentence: str) -> NoReturn:
+        """Ends this process and all others with a sentence that each of them says."""
+        self._tell(f"{_SAID} {self._names[self._index]}: {sentence}")
+        _end(f"process {self._index}: {sentence}")
 
     def leave(self) -> None:
         """Tells the others that this end is meant, once all have come so far."""
         multihost_utils.sync_global_devices("done")
         self._leaving.set()
-        for connection in self._connections.values():
-            with contextlib.suppress(OSError):
-                connection.sendall(_DONE)
+        self._tell(_DONE)
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
@@ -284,10 +317,12 @@ def is_first() -> bool:
 
 
 class StopSignal:
-    """Within this context SIGTERM and Ctrl-C set `requested`; a second Ctrl-C interrupts.
+    """Within this context SIGTERM, SIGHUP and Ctrl-C set `requested`.
 
-    Of several processes, any of which may have got the signal, `requested` is set in all of
-    them by `reached` at the same step; JAX listens to SIGTERM there.
+    A second Ctrl-C interrupts. SIGHUP comes when a terminal or a connection is closed; where it
+    was ignored from the beginning, as under `nohup`, it stays so. Of several processes, any of
+    which may have got the signal, `requested` is set in all of them by `reached` at the same
+    step; JAX listens to SIGTERM there.
     """
 
     def __init__(self) -> None:
@@ -309,10 +344,12 @@ class StopSignal:
         os.kill(os.getpid(), signal.SIGTERM)
 
     def __enter__(self) -> "StopSignal":
-        handlers = {signal.SIGTERM: self._handle, signal.SIGINT: self._handle}
-        if jax.process_count() > 1:
-            handlers = {signal.SIGINT: self._pass_on}
-        for number, handler in handlers.items():
+        several = jax.process_count() > 1
+        heard = {signal.SIGINT, signal.SIGHUP} | (set() if several else {signal.SIGTERM})
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            heard.remove(signal.SIGHUP)
+        for number in heard:
+            handler = self._pass_on if several else self._handle
             self._previous[number] = signal.signal(number, handler)
         return self
 

@@ -14,8 +14,8 @@ which should be a part of the training data. With the best it trains on all of
 The work directory then holds `sweep.json` (every run, the one chosen, the test result),
 `sweep.png` (accuracy against learning rate), and a work directory for each run, the last of
 them `final`, for every other door. Running the same command again continues: what is finished
-is not trained again, and values may be added. SIGTERM and Ctrl-C save and exit with code 0. A
-run whose loss is no longer a number counts as failed, and the others go on.
+is not trained again, and values may be added. SIGTERM, SIGHUP and Ctrl-C save and exit with
+code 0. A run whose loss is no longer a number counts as failed, and the others go on.
 """
 
 import json
@@ -26,11 +26,12 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from vit_jax import cli, experiment, stated
+from vit_jax import bounded, cli, experiment, stated
 from vit_jax import config as configuration
 from vit_jax import train as trainer
 from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
+from vit_jax.lock import alone_in
 from vit_jax.processes import StopSignal
 from vit_jax.stated import Stated
 from vit_jax.training.reporting import Diverged
@@ -163,7 +164,7 @@ def read_record(config: ConfigDict, workdir: Path) -> Record:
     if not path.exists():
         return fresh
     try:
-        record = json.loads(path.read_text())
+        record = bounded.parse_json(bounded.read(path))
         stored = record["config"]
         split = stored["data"]["eval_split"]
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -290,9 +291,9 @@ def sweep(
     """
     grid = settings(config, overridden)
     check_splits(config)
-    record = read_record(config, workdir)
-    write_record(record, workdir)
-    with StopSignal() as stop:
+    with alone_in(workdir), StopSignal() as stop:
+        record = read_record(config, workdir)
+        write_record(record, workdir)
         for number, setting in enumerate(grid, 1):
             if setting.name in record["runs"]:
                 continue

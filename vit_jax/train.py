@@ -2,8 +2,8 @@
 
 Any field can be set on the command line, `--config.optimizer.lr=3e-4`; all are listed, with
 their meaning, in vit_jax/config.py. Running the same command again continues where the work
-directory stands: the end is bit for bit that of a run never stopped. SIGTERM and Ctrl-C save
-and exit with code 0. On several machines, start the same command on each (docs/running).
+directory stands: the end is bit for bit that of a run never stopped. SIGTERM, SIGHUP and Ctrl-C
+save and exit with code 0. On several machines, start the same command on each (docs/running).
 
 The work directory holds `metrics.jsonl` (one JSON object a line), `tensorboard/`,
 `checkpoints/` (the last states), `best/` (the weights of the best evaluation) and
@@ -24,13 +24,15 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import vit_jax
-from vit_jax import cache, cli, experiment, processes, run_data, stated, trained
+from vit_jax import bounded, cache, cli, experiment, processes, run_data, stated, trained
 from vit_jax import config as configuration
+from vit_jax.atomic import replacing
 from vit_jax.data import pipeline, value_ranges
 from vit_jax.data.sources import Source, fingerprint
-from vit_jax.errors import UserError
+from vit_jax.errors import UserError, about
 from vit_jax.interop import channels
 from vit_jax.interop.adapt import adapt
+from vit_jax.lock import WorkDirectory, alone_in
 from vit_jax.models.flops import train_flops
 from vit_jax.models.model import count_parameters
 from vit_jax.processes import StopSignal
@@ -157,7 +159,9 @@ def model_of_workdir(workdir: Path, init_from: str) -> ConfigDict | None:
     if not has_checkpoints(workdir):
         return None  # what the run will begin with is read anew
     try:
-        stored = configuration.from_dict(json.loads((workdir / "config.json").read_text()))
+        stored = configuration.from_dict(
+            bounded.parse_json(bounded.read(workdir / "config.json"))
+        )
     except (OSError, ValueError):
         return None
     return stored if stored.init_from == init_from else None
@@ -266,9 +270,20 @@ def begin(
             before = before or trained.load_any(name, "last", None, said, as_stored=True)
             state = take_over(state, run, before)
     if processes.is_first():
-        text = json.dumps(run.card["config"], indent=2)
-        (workdir / "config.json").write_text(text + "\n")
+        write_config(run.card["config"], workdir / "config.json")
     return state
+
+
+def write_config(config: dict[str, Any], path: Path) -> None:
+    """Writes a configuration where it differs from the one that is there. Raises UserError."""
+    text = json.dumps(config, indent=2) + "\n"
+    try:
+        same = bounded.read_text(path) == text
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        with replacing(path) as part:
+            part.write_text(text)
 
 
 def check_classes(stored: list[str], found: list[str], workdir: Path) -> None:
@@ -376,12 +391,10 @@ def evaluate_state(run: Run, state: TrainState, stop: StopSignal) -> Metrics | N
     return metrics
 
 
-def recorded_evaluation(log: MetricWriter, step: int) -> Metrics | None:
-    """The evaluation that the log holds for `step`, if any."""
-    for record in reversed(log.records):
-        if record["step"] == step and "eval/count" in record:
-            return {name: value for name, value in record.items() if name != "step"}
-    return None
+def recorded_evaluation(log: MetricWriter) -> Metrics | None:
+    """The evaluation that the log holds for the step that it goes on from, if any."""
+    record = log.evaluation()
+    return record and {name: value for name, value in record.items() if name != "step"}
 
 
 # --- Train --------------------------------------------------------------------------------
@@ -391,7 +404,7 @@ def loop(
     run: Run,
     state: TrainState,
     checkpoints: Checkpoints,
-    workdir: Path,
+    directory: WorkDirectory,
     log: MetricWriter,
     stop: StopSignal,
 ) -> Metrics:
@@ -401,7 +414,7 @@ def loop(
     so known to be finite) before it is saved, and saved before the evaluation that a signal
     may cut short; whoever resumes owes that evaluation and makes it first.
     """
-    plan, first_step = run.plan, int(state.step)
+    plan, first_step, workdir = run.plan, int(state.step), directory.path
     due = lambda step: plan.due(step, plan.log_every)
     batch_size, cfg = run.config.batch_size, run.learning.objective.model.config
     # All devices of one processor share its cores.
@@ -416,15 +429,22 @@ def loop(
         )
         checkpoints.save_if_best(step, state.eval_params, card, score)
 
+    def save(step: int) -> None:
+        reporter.flush()
+        directory.check()
+        log.sync()
+        checkpoints.save(step, state, {**run.card, "last_record": log.last})
+
     def evaluate_now(step: int) -> Metrics | None:
         metrics = evaluate_state(run, state, stop)
         if metrics is not None:
+            directory.check()
             log.write(step, metrics)
             keep_if_best(step, metrics)
         reporter.restart_clock()
         return metrics
 
-    result = recorded_evaluation(log, first_step)
+    result = recorded_evaluation(log)
     if result is not None:
         keep_if_best(first_step, result)  # in case the run ended while that was being written
     elif first_step and plan.due(first_step, plan.eval_every):
@@ -443,14 +463,12 @@ def loop(
             reporter.add(step, metrics)
             profiler.after(step, state)
             if stop.reached(step) or plan.due(step, plan.checkpoint_every):
-                reporter.flush()
-                checkpoints.save(step, state, run.card)
+                save(step)
             if plan.due(step, plan.eval_every) and not stop.requested:
                 reporter.flush()
                 result = evaluate_now(step)
             if stop.requested:  # perhaps only since the check above
-                reporter.flush()
-                checkpoints.save(step, state, run.card)
+                save(step)
                 break
     return result or {}
 
@@ -473,6 +491,7 @@ def train(
 
     Raises:
       UserError: for everything that the person who wrote `config` can mend.
+      OSError: the system refuses something, such as room on a disk.
     """
     config, before = resolve(config, workdir, overridden, said)
     before = before or weights_to_begin_with(config, workdir, said)
@@ -481,21 +500,18 @@ def train(
         asked = ours != configuration.get_config().data.channels
         channels.check(config.init_from, ours, theirs, asked or "data.channels" in overridden)
     run = build(config, run_data.stored_classes(workdir))
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"the work directory {workdir} cannot be made ({error.strerror}): choose another"
-        ) from error
     with contextlib.ExitStack() as stack:
+        stack.enter_context(about(workdir))
+        directory = stack.enter_context(alone_in(workdir, processes.is_first()))
         stop = stop or stack.enter_context(StopSignal())
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
         state = begin(run, checkpoints, workdir, before, said)
         del before  # or the memory of its arrays would be held until the end
         first_step = int(state.step)
-        log = stack.enter_context(MetricWriter(workdir, first_step, run.plan.total))
+        saved = (checkpoints.card() or {}).get("last_record")
+        log = stack.enter_context(MetricWriter(workdir, first_step, run.plan.total, saved))
         log.say(describe(run, state, workdir))
-        result = loop(run, state, checkpoints, workdir, log, stop)
+        result = loop(run, state, checkpoints, directory, log, stop)
         if stop.requested:
             log.say("stopped by a signal, state saved: run the same command to continue")
             return {}

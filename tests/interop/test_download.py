@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from vit_jax import lock
 from vit_jax.cache import folder as cache_folder
 from vit_jax.errors import UserError
 from vit_jax.interop import download
@@ -41,6 +42,8 @@ class File:
     ranges: bool = True
     heeds_if_range: bool = True
     pause: float = 0
+    drip: float = 0  # seconds between single bytes
+    length: bool = True
     hang: float = 0
 
 
@@ -97,11 +100,15 @@ class Handler(BaseHTTPRequestHandler):
         if start:
             last = f"{len(file.data) - 1}/{len(file.data)}"
             self.send_header("Content-Range", f"bytes {start}-{last}")
-        self.send_header("Content-Length", str(file.claimed or len(body)))
+        if file.length:
+            self.send_header("Content-Length", str(file.claimed or len(body)))
         if file.etag:
             self.send_header("ETag", file.etag)
         self.finish_headers(file)
         body = body[: file.cuts.pop(0)] if file.cuts else body
+        for at in range(len(body) if file.drip else 0):
+            self.wfile.write(body[at : at + 1])
+            time.sleep(file.drip)
         for at in range(0, len(body), 100_000):
             self.wfile.write(body[at : at + 100_000])
             time.sleep(file.pause)
@@ -152,6 +159,11 @@ def sha256(data):
 
 def md5(data):
     return base64.b64encode(hashlib.md5(data).digest()).decode()
+
+
+def visible(folder):
+    """The files of a folder but the records of what was fetched."""
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def leftovers(cache):
@@ -320,6 +332,7 @@ def test_augreg_unknown_model_and_a_hostile_index(server):
     evil = [("x", "Ti_16-/../../evil", "i21k", 1)]
     index_path = cache_folder() / "vit_models/augreg/index.csv"
     index_path.write_bytes(index(evil))
+    index_path.with_name(".index.csv.fetched").unlink()  # as if it had been put there by hand
     assert "without its folder" in refusal("augreg:Ti_16")
 
 
@@ -341,10 +354,7 @@ def test_huggingface_folder(server, cache):
     hub(server)
     folder = resolve("hf:google/vit-base-patch16-224")
     assert folder == cache / "huggingface/google/vit-base-patch16-224/main"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
+    assert visible(folder) == ["config.json", "model.safetensors"]
     asked = len(server.requests)
     assert resolve("hf:google/vit-base-patch16-224") == folder
     assert len(server.requests) == asked == 3
@@ -354,7 +364,7 @@ def test_huggingface_revision_and_preprocessor(server, cache):
     hub(server, "/a/b/resolve/refs%2Fpr%2F1")
     server.files["/a/b/resolve/refs%2Fpr%2F1/preprocessor_config.json"] = File(b"{}")
     folder = resolve("hf:a/b@refs/pr/1")
-    assert len(list(folder.iterdir())) == 3
+    assert len(visible(folder)) == 3
     assert folder.parent == cache / "huggingface/a/b"
 
 
@@ -378,7 +388,7 @@ def test_huggingface_weights_in_several_files(server, cache):
     assert "there is no file" in refusal(name)  # the second is missing
     server.files[f"{HUB}/model-2.safetensors"] = File(BYTES[:1000])
     folder = resolve(name)
-    assert sorted(path.name for path in folder.iterdir()) == [
+    assert visible(folder) == [
         "config.json",
         "model-1.safetensors",
         "model-2.safetensors",
@@ -661,19 +671,19 @@ def test_threads_at_once_when_the_first_one_fails(server, cache):
 
 def test_a_lock_that_was_removed_while_waiting_does_not_count(tmp_path):
     """Else the one who waited for it and the one who holds the new one would both write."""
-    path, entered = tmp_path / "x", threading.Event()
+    path, entered = tmp_path / "x.lock", threading.Event()
 
     def wait():
-        with download._locked(path):
+        with lock.locked(path, "waiting"):
             entered.set()
 
-    with (tmp_path / "x.lock").open("w") as held:
+    with path.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         waiting = threading.Thread(target=wait)
         waiting.start()
         time.sleep(0.2)
-        (tmp_path / "x.lock").unlink()
-        newer = download._locked(path)
+        path.unlink()
+        newer = lock.locked(path)
         newer.__enter__()
     assert not entered.wait(0.3)
     newer.__exit__(None, None, None)
@@ -691,3 +701,56 @@ def test_processes_at_once_fetch_once(server, cache):
     shown = [process.communicate(timeout=60)[0].strip() for process in running]
     assert shown == [str(cache / B16[1:])] * 2
     assert len(server.requests) == 1
+
+
+# --- What the cache holds, and what servers leave out --------------------------------------
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+def test_a_file_that_was_damaged_in_the_cache_is_fetched_again(server, cache, capsys, how):
+    server.files[B16] = File(BYTES)
+    path = resolve("google:ViT-B_16")
+    damaged = BYTES[:1000] if how == "cut" else b"x" + BYTES[1:]
+    path.write_bytes(damaged)
+    assert resolve("google:ViT-B_16").read_bytes() == BYTES
+    assert path.with_name("ViT-B_16.npz.damaged").read_bytes() == damaged
+    assert "is no longer what was fetched" in capsys.readouterr().err
+    assert len(server.requests) == 2
+    resolve("google:ViT-B_16")
+    assert len(server.requests) == 2
+
+
+def test_a_model_of_the_hub_is_whole_or_completed(server):
+    hub(server)
+    folder = resolve("hf:google/vit-base-patch16-224")
+    (folder / "model.safetensors").write_bytes(b"short")
+    resolve("hf:google/vit-base-patch16-224")
+    assert (folder / "model.safetensors").read_bytes() == BYTES
+
+
+def test_a_file_that_somebody_put_there_is_taken(server, cache):
+    path = cache / B16[1:]
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"mine")
+    assert resolve("google:ViT-B_16").read_bytes() == b"mine"
+    assert not server.requests
+
+
+def test_without_a_length_a_cut_could_not_be_told(server, cache):
+    server.files[B16] = File(BYTES, length=False, cuts=[1000])
+    assert "does not say how long" in refusal("google:ViT-B_16")
+    assert not (cache / B16[1:]).exists()
+    header = [("x-goog-hash", f"md5={md5(BYTES)}")]
+    server.files[B16] = File(BYTES, headers=header, length=False, cuts=[1000])
+    assert "is damaged and was removed" in refusal("google:ViT-B_16")
+    assert resolve("google:ViT-B_16").read_bytes() == BYTES
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(server, cache, monkeypatch):
+    monkeypatch.setattr(download, "_TIMEOUT", 0.3)
+    monkeypatch.setattr(download, "_PAUSES", (0.01,))
+    server.files[B16] = File(BYTES, '"v1"', drip=0.05)
+    begin = time.monotonic()
+    assert "breaks off again and again" in refusal("google:ViT-B_16")
+    assert time.monotonic() - begin < 5
+    assert not list(cache.rglob("*.lock"))

@@ -35,18 +35,22 @@ def test_a_trace_is_written_and_the_rest_logged_as_ever(tmp_path):
 
 
 def test_utilisation_is_work_by_time_by_the_measured_peak(tmp_path, monkeypatch):
-    clock = iter([0.0, 2.0, 2.0, 12.0, 12.0])
+    # The beginning; of each step, when the wait for its data begins and ends; the end.
+    clock = iter([0.0, 0.0, 0.5, 2.0, 2.5, 7.0, 8.0, 12.0])
     monkeypatch.setattr(reporting, "time", SimpleNamespace(monotonic=clock.__next__))
     written = []
     log = SimpleNamespace(write=lambda step, x: written.append(x), progress=lambda step: None)
     due = lambda step: step in (1, 3)
     reporter = reporting.Reporter(log, due, 8, 5e9, 2e10, tmp_path)
     for step in (1, 2, 3):
+        with reporter.waiting():
+            pass
         reporter.add(step, {"train/loss": 1.0})
     reporter.flush()
     # One step of 5 GFLOPs in 2 seconds, then two in 10, where 20 GFLOP/s are possible.
     assert [x["mfu"] for x in written] == pytest.approx([0.125, 0.05])
     assert [x["images_per_second"] for x in written] == pytest.approx([4.0, 1.6])
+    assert [x["data_wait"] for x in written] == pytest.approx([0.25, 0.15])
 
 
 def test_the_peak_is_a_speed_that_processors_have():

@@ -26,7 +26,7 @@ and which number is whose. All is checked before the first image is read.
 
 import csv
 import dataclasses
-import json
+import io
 import os
 import re
 import sys
@@ -34,8 +34,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TextIO
 
+from vit_jax import bounded
 from vit_jax.data import files, listed_files, multi_label
 from vit_jax.data.files import FileSource
 from vit_jax.data.sources import SPLITS, pick_split, split_kind
@@ -284,11 +285,15 @@ def _text(label: Any) -> str | None:
 
 def _records(listed: Listed, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The lines of `path` as dicts, with their numbers."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with (
+        bounded.open_regular(path) as content,
+        io.TextIOWrapper(content, "utf-8-sig", newline="") as text,
+    ):
+        file = _lines(path, text)
         if path.suffix.lower() == ".jsonl":
-            for number, text in enumerate(file, 1):
-                if text.strip():
-                    yield number, _json(path, number, text)
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _json(path, number, line)
             return
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
@@ -297,9 +302,21 @@ def _records(listed: Listed, path: Path) -> Iterator[tuple[int, dict[str, Any]]]
             yield reader.line_num, record
 
 
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    """The lines of a file, none of which may be endless."""
+    number = 0
+    while text := file.readline(bounded.LABELS):
+        number += 1
+        if len(text) == bounded.LABELS:
+            _reject(
+                path, number, f"has {len(text):,} characters or more", "break it into lines"
+            )
+        yield text
+
+
 def _json(path: Path, line: int, text: str) -> dict[str, Any]:
     try:
-        record = json.loads(text)
+        record = bounded.parse_json(text)
     except ValueError:
         record = None
     if not isinstance(record, dict):
@@ -384,14 +401,19 @@ def _classes(listed: Listed, path: Path, known: list[Row]) -> Classes:
         return Classes(tuple(sorted(found)), False)
     for row in known:
         for label in row.labels:
-            if not 0 <= float(label) < _MOST_CLASSES:
+            if len(label) > 18 or not 0 <= float(label) < _MOST_CLASSES:
                 _reject(path, row.line, f"has label {label}", "number the classes from 0")
     return Classes(tuple(map(str, range(max(int(float(x)) for x in found) + 1))), True)
 
 
 def _read_classes(path: Path) -> tuple[str, ...]:
-    names = [name.strip() for name in path.read_text("utf-8-sig").splitlines()]
-    names = [name for name in names if name]
+    try:
+        lines = bounded.read_text(path, "utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{str(path)!r} cannot be read ({error}); save it as text in UTF-8."
+        ) from error
+    names = [name for line in lines if (name := line.strip())]
     if not names:
         raise UserError(f"{str(path)!r} names no classes; write one name a line.")
     if twice := [name for name, times in Counter(names).items() if times > 1]:

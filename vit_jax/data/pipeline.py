@@ -8,7 +8,6 @@ number is all that a checkpoint needs to know of the data.
 import contextlib
 import math
 import os
-import signal
 import sys
 import time
 import weakref
@@ -26,6 +25,7 @@ from vit_jax.data.kept import Kept
 from vit_jax.data.multi_label import is_multi_label
 from vit_jax.data.preprocess import Transform, check_channels
 from vit_jax.data.sources import Source
+from vit_jax.data.workers import end_with_the_parent, free_shared_memory, start_tracker
 from vit_jax.errors import UserError
 
 # Seconds of CPU time below which an image is small: between a PNG of 32 x 32, which takes about
@@ -53,10 +53,12 @@ class Views:
 class Batches(Iterator[Batch]):
     """An iterator over batches; `close()` ends its threads and worker processes."""
 
-    def __init__(self, iterator: Any, bad: BadImages | None = None) -> None:
+    def __init__(
+        self, iterator: Any, bad: BadImages | None = None, workers: bool = False
+    ) -> None:
         self._open, self._bad = [iterator], bad
         # At the latest when Python ends: Grain's own clean-up comes too late, and complains.
-        self._finalizer = weakref.finalize(self, _close_all, self._open)
+        self._finalizer = weakref.finalize(self, _close_all, self._open, workers)
 
     def __next__(self) -> Batch:
         if not self._open:
@@ -82,9 +84,11 @@ class Batches(Iterator[Batch]):
         self.close()
 
 
-def _close_all(iterators: list[Any]) -> None:
+def _close_all(iterators: list[Any], workers: bool) -> None:
     while iterators:
         iterators.pop().close()
+    if workers:
+        free_shared_memory()
 
 
 def train_batches(
@@ -223,7 +227,8 @@ def _iterate(
     whole = grain.MapDataset.source(_Pieces(local, size, prepare.shapes, prepare.dtype))
     batches = whole.to_iter_dataset(grain.ReadOptions(1, 1))
     options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=prefetch)
-    return Batches(iter(batches.mp_prefetch(options, _leave_ctrl_c_to_the_parent)), bad)
+    start_tracker()
+    return Batches(iter(batches.mp_prefetch(options, end_with_the_parent)), bad, workers=True)
 
 
 def _useful(threads: int, local: "_Local") -> int:
@@ -265,11 +270,6 @@ def _piece_size(size: int, threads: int) -> int:
 
 def _join(pieces: Sequence[Batch]) -> Batch:
     return {key: np.concatenate([piece[key] for piece in pieces]) for key in pieces[0]}
-
-
-def _leave_ctrl_c_to_the_parent(worker: int, workers: int) -> None:
-    """A terminal sends Ctrl-C to workers too, but it is the parent that ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _mark_flags_as_parsed() -> None:

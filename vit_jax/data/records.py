@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
 
+from vit_jax import bounded
 from vit_jax.data.sources import digest, pick_split, plain_label
 from vit_jax.errors import UserError
 
@@ -120,7 +121,7 @@ def split_names(path: str) -> tuple[str, ...]:
 def _read_info(path: str) -> tuple[Path, dict[str, Any]]:
     root = Path(path).expanduser()
     try:
-        info = json.loads((root / INFO).read_text("utf-8"))
+        info = bounded.parse_json(bounded.read(root / INFO))
         version = info["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

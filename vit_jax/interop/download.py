@@ -9,9 +9,12 @@
     hf:owner/name, hf:owner/name@v1.0   a Hugging Face model (a folder), at a revision
     https://...                         any file
 
-What is fetched stays in a cache folder and is never fetched again; delete the file to renew
-it, which is also how to follow a branch of a Hugging Face model that has moved on. Files
-are only stored here: nothing in them is run. Three environment variables change where:
+What is fetched stays in a cache folder and is not fetched again; delete the file to renew
+it, which is also how to follow a branch of a Hugging Face model that has moved on. Its size and
+SHA-256 are kept beside it, in .NAME.fetched, and compared when it is used: a file that was
+damaged since is moved aside and fetched anew. One that you put there yourself is taken as it
+is. Files are only stored here: nothing in them is run. Three environment variables change
+where:
 
     VIT_JAX_CACHE      the cache folder, see vit_jax/cache.py
     VIT_JAX_GCS_URL    a mirror of Google's buckets, else https://storage.googleapis.com
@@ -24,26 +27,27 @@ models that are private or ask for consent.
 import base64
 import contextlib
 import csv
-import fcntl
 import hashlib
 import http.client
 import json
 import math
 import os
 import re
+import socket
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from email.message import Message
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from urllib.parse import quote, unquote, urldefrag, urlsplit
 
 from tqdm import tqdm
 
-from vit_jax import __version__
+from vit_jax import __version__, bounded, lock
 from vit_jax.cache import folder as cache_folder
 from vit_jax.errors import UserError
 
@@ -74,6 +78,7 @@ _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 _REPOSITORY = re.compile(rf"({_WORD}/{_WORD})(?:@({_WORD}(?:/{_WORD})*))?")
 
 _TIMEOUT = 10.0  # seconds without an answer, or without one more byte
+_FLOOR = 1024  # bytes a second; a server that sends fewer in _TIMEOUT counts as silent
 _PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each new try of a connection that was cut
 
 
@@ -208,7 +213,7 @@ def _huggingface(name: str, cache: Path) -> Path:
     folder = cache / "huggingface" / repository / revision
     config, weights = folder / "config.json", folder / "model.safetensors"
     index = _beside(weights, ".index.json")
-    if config.is_file() and (weights.is_file() or index.is_file()):
+    if _is_whole(config) and (_is_whole(weights) or _shards_are_whole(index)):
         return folder  # without asking again for the optional file
     url = f"{_host('VIT_JAX_HF_URL')}/{quote(repository)}/resolve/{revision}"
     _fetch(f"{url}/config.json", config)
@@ -233,7 +238,7 @@ def _shards(url: str, name: str, folder: Path, index: Path) -> None:
             f"that has them."
         ) from error
     try:
-        shards = sorted(set(json.loads(part.read_bytes())["weight_map"].values()))
+        shards = sorted(set(bounded.parse_json(bounded.read(part))["weight_map"].values()))
         if not all(re.fullmatch(_WORD, shard) for shard in shards):
             raise ValueError
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -243,7 +248,18 @@ def _shards(url: str, name: str, folder: Path, index: Path) -> None:
         ) from error
     for shard in shards:
         _fetch(f"{url}/{shard}", folder / shard)
+    os.replace(_fetched(part), _fetched(index))
     os.replace(part, index)
+
+
+def _shards_are_whole(index: Path) -> bool:
+    """Whether the index and all that it names are there as they were fetched."""
+    if not _is_whole(index):
+        return False
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        shards = set(bounded.parse_json(bounded.read(index))["weight_map"].values())
+        return all(_is_whole(index.with_name(shard)) for shard in shards)
+    return True  # put there by somebody: its reader will say what is wrong with it
 
 
 def _web(url: str, cache: Path) -> Path:
@@ -274,6 +290,10 @@ class _Cut(Exception):
     """The connection broke; one more try may complete the file."""
 
 
+class _Slow(_Cut):
+    """So few bytes came that there is no end in sight."""
+
+
 class _Unreachable(_Cut):
     """There was no connection in the first place."""
 
@@ -281,10 +301,11 @@ class _Unreachable(_Cut):
 def _fetch(url: str, path: Path) -> Path:
     """Downloads `url` to `path` unless it is there. Raises UserError, as `resolve` does."""
     try:
-        if path.is_file():
+        if _is_whole(path):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path):
+        waiting = f"waiting for another process to fetch {path}"
+        with lock.locked(_beside(path, ".lock"), waiting):
             if not path.is_file():  # another process may have fetched it meanwhile
                 _download(url, path)
     except OSError as error:
@@ -295,31 +316,40 @@ def _fetch(url: str, path: Path) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One download of `path` at a time; the system frees the lock of a process that dies."""
-    lock = _beside(path, ".lock")
-    while True:
-        with lock.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process to fetch {path}", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file, lock):
-                continue  # who held it has removed it: others may lock a new one by now
-            try:
-                yield
-            finally:
-                lock.unlink(missing_ok=True)
-            return
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there, and as it was when it was fetched; else it is moved aside."""
+    if not path.is_file():
         return False
+    fetched = _fetched(path)
+    try:
+        known = bounded.parse_json(bounded.read(fetched))
+        size, digest = int(known["size"]), str(known["sha256"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return True  # put there by somebody, or by a version that kept no record
+    found = path.stat().st_size
+    if found == size and _sha256(path) == digest:
+        return True
+    aside = _beside(path, ".damaged")
+    with contextlib.suppress(FileNotFoundError):  # another process has found out, too
+        os.replace(path, aside)
+    fetched.unlink(missing_ok=True)
+    how = f"it has {found:,} of {size:,} bytes" if found != size else "its SHA-256 is another"
+    print(
+        f"warning: {path} is no longer what was fetched ({how}): moved to {aside.name}, "
+        "fetching it again",
+        file=sys.stderr,
+    )
+    return False
+
+
+def _fetched(path: Path) -> Path:
+    """Where the size and the digest of a file are kept."""
+    return path.with_name(f".{path.name}.fetched")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -341,7 +371,8 @@ def _download(url: str, path: Path) -> None:
             first = False
             # Tries count from the last progress: a poor line must not stop a big file.
             size = part.stat().st_size if part.exists() else 0
-            failures, most = (1 if size > most else failures + 1), max(size, most)
+            progress = size > most and not isinstance(cut, _Slow)
+            failures, most = (1 if progress else failures + 1), max(size, most)
             if failures > len(_PAUSES):
                 raise UserError(
                     f"the download of {url} breaks off again and again ({cut}); run this "
@@ -349,6 +380,8 @@ def _download(url: str, path: Path) -> None:
                 ) from cut
             time.sleep(_PAUSES[failures - 1])
     _verify(part, checksum, url)
+    record = {"url": url, "size": part.stat().st_size, "sha256": _sha256(part)}
+    _fetched(path).write_text(json.dumps(record) + "\n")  # first: without the file it is void
     os.replace(part, path)
     _beside(part, ".etag").unlink(missing_ok=True)
 
@@ -368,6 +401,12 @@ def _attempt(url: str, path: Path, part: Path) -> tuple[str, str] | None:
             start = 0
             _begin(part, answer.headers.get("ETag", ""))
         total = None if answer.length is None else start + answer.length
+        checksum = _checksum(headers)
+        if total is None and not answer.chunked and checksum is None:
+            raise UserError(
+                f"the server does not say how long {url} is, so that one could not tell "
+                f"whether all of it has arrived; fetch it by other means, and put it at {path}."
+            )
         with (
             part.open("ab") as file,
             tqdm(
@@ -375,15 +414,33 @@ def _attempt(url: str, path: Path, part: Path) -> tuple[str, str] | None:
                 disable=None,  # shown on a terminal only
             ) as bar,
         ):  # fmt: skip
+            pace = _Pace()
             while chunk := _read(answer):
                 file.write(chunk)
                 bar.update(len(chunk))
+                pace.check(len(chunk))
             file.flush()
             os.fsync(file.fileno())
     size = part.stat().st_size
     if total is not None and size != total:
         raise _Cut(f"{size} of {total} bytes arrived")
-    return _checksum(headers)
+    return checksum
+
+
+class _Pace:
+    """Finds a server that sends so little that others, who wait for the lock, wait for ever."""
+
+    def __init__(self) -> None:
+        self._began, self._bytes = time.monotonic(), 0
+
+    def check(self, size: int) -> None:
+        """Raises _Slow if less than `_FLOOR` bytes a second came in the last `_TIMEOUT`."""
+        self._bytes += size
+        seconds = time.monotonic() - self._began
+        if seconds >= _TIMEOUT:
+            if self._bytes < _FLOOR * seconds:
+                raise _Slow(f"{self._bytes} bytes arrived in {seconds:.0f} s")
+            self._began, self._bytes = time.monotonic(), 0
 
 
 def _kept(part: Path) -> tuple[int, str]:
@@ -475,6 +532,44 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
+class _Patient:
+    """Of a connection: the head of an answer comes within a time, not each byte of it."""
+
+    sock: socket.socket | None
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        timer = threading.Timer(2 * _TIMEOUT, self._break_off)
+        timer.daemon = True
+        timer.start()
+        try:
+            return super().getresponse()  # type: ignore[misc]
+        finally:
+            timer.cancel()
+
+    def _break_off(self) -> None:
+        if self.sock is not None:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class _HttpConnection(_Patient, http.client.HTTPConnection):
+    pass
+
+
+class _HttpsConnection(_Patient, http.client.HTTPSConnection):
+    pass
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_HttpConnection, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_HttpsConnection, req)
+
+
 def _open(
     url: str, path: Path, start: int, etag: str
 ) -> tuple[http.client.HTTPResponse, list[Message]]:
@@ -488,7 +583,8 @@ def _open(
         token = os.environ.get("HF_TOKEN", "").strip()
         if token and url.startswith(_host("VIT_JAX_HF_URL") + "/"):
             request.add_unredirected_header("Authorization", f"Bearer {token}")
-        answer = urllib.request.build_opener(redirects).open(request, timeout=_TIMEOUT)
+        opener = urllib.request.build_opener(redirects, _Http(), _Https())
+        answer = opener.open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
         with error:
             raise _refusal(error, url, path) from error

@@ -23,13 +23,18 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
+from vit_jax import bounded
 from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
 from vit_jax.interop.families import Arrays
 
 # Weights hardly compress, but a zero-initialised head does; a bomb grows a thousandfold.
 _MAX_RATIO, _MAX_SLACK = 64, 1 << 24
-_MAX_JSON = 100_000_000  # bytes of a safetensors header, as in its reference implementation
+# Bytes of a table of contents, and arrays in it. What is declared costs memory and time before
+# it can be checked, and no weights come near: the largest models have some thousand arrays.
+_MAX_TABLE, _MAX_ARRAYS = 8 << 20, 50_000
+
+_SIGNS = {b"{": 1, b"[": 2, b":": 4}  # how often they stand in the entry of an array
 
 _BF16 = np.dtype(ml_dtypes.bfloat16)
 _SAFETENSORS = {
@@ -66,6 +71,8 @@ def _named(path: Path) -> Iterator[None]:
         raise UserError(f"{path} {error}") from error
     except FileNotFoundError as error:
         raise UserError(f"there is no file {path}") from error
+    except bounded.Unfit as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:
         # A damaged file may trip any line of zipfile, zlib, json or torch.
         what = " ".join(str(error).split())[:200] or type(error).__name__
@@ -103,6 +110,7 @@ def _read(path: Path, nested: bool) -> tuple[Arrays, str]:
     with _named(path):
         if path.is_dir():
             raise _Reason("is a folder, not a file of weights")
+        bounded.check_regular(path.stat(), path)
         kind = _kind(path)
         if kind == "torch":
             arrays, kind = _read_torch(path, nested)
@@ -129,6 +137,7 @@ def _kind(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(64)
     if start.startswith(b"PK\x03\x04"):
+        _check_table(_table_size(path))
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
         return "torch" if any(n.rsplit("/")[-1] == "data.pkl" for n in names) else "npz"
@@ -147,6 +156,11 @@ def _declared(total: int, size: int) -> None:
     """Refuses an archive that would unpack to much more than it is."""
     if total > _MAX_RATIO * size + _MAX_SLACK:
         raise _Reason(f"would unpack from {size} to {total} bytes, which no weights do")
+
+
+def _check_table(length: int) -> None:
+    if length > _MAX_TABLE:
+        raise _Reason(f"has a table of contents of {length} bytes, which no weights need")
 
 
 # ---- .npz ----------------------------------------------------------------------------------
@@ -170,6 +184,15 @@ def _read_npz(path: Path) -> Arrays:
             with archive.open(member) as file:
                 arrays[name] = _read_npy(file, name, member.file_size)
     return arrays
+
+
+def _table_size(path: Path) -> int:
+    """How many bytes of contents the end of a zip archive declares, 0 where it is damaged."""
+    with path.open("rb") as file:
+        file.seek(max(path.stat().st_size - 22 - 0xFFFF, 0))  # the longest comment
+        end = file.read()
+    found = end.rfind(b"PK\x05\x06")
+    return int.from_bytes(end[found + 12 : found + 16], "little") if found >= 0 else 0
 
 
 def _member_count(path: Path, comment: int) -> int:
@@ -226,9 +249,15 @@ def _read_safetensors(path: Path) -> Arrays:
     size, arrays = path.stat().st_size, {}
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, _MAX_JSON):
+        if length > size - 8:
             raise _Reason(f"declares a header of {length} bytes, but has {size}")
-        entries = json.loads(file.read(length), object_pairs_hook=_unique)
+        _check_table(length)
+        header = file.read(length)
+        # An array has one brace, two brackets and four colons: more is none, and costs as much.
+        count = max(header.count(sign) // each for sign, each in _SIGNS.items())
+        if count > _MAX_ARRAYS:
+            raise _Reason(f"declares {count} arrays or more, which no weights have")
+        entries = json.loads(header, object_pairs_hook=_unique)
         entries.pop("__metadata__", None)
         begin = 0
         # The format leaves no gaps and no overlaps, so that every byte has one meaning.

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from vit_jax import bounded
 from vit_jax.atomic import replacing
 from vit_jax.errors import UserError
 from vit_jax.interop import files
@@ -73,10 +74,10 @@ _GELU = {"gelu": "erf", "gelu_pytorch_tanh": "tanh", "gelu_new": "tanh", "gelu_f
 def _read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, or None where there is no such file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = bounded.parse_json(bounded.read_text(path))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable as JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{path} holds a {type(value).__name__}, not a JSON object")

@@ -64,40 +64,53 @@ class Reporter:
         self.restart_clock()
 
     def add(self, step: int, metrics: Metrics) -> None:
-        """Takes the metrics of `step`, still being computed, and reports the step before."""
-        self.flush()
+        """Takes the metrics of `step`, still being computed, and reports the step before.
+
+        Whose time ends where the wait for this one's data began, for that wait is this one's.
+        """
+        self._flush(self._began, self._wait)
         self._pending = step, metrics
 
     def flush(self) -> None:
         """Waits for the step that was added last, and reports it."""
+        self._flush(None, 0.0)
+
+    def _flush(self, until: float | None, wait: float) -> None:
         if self._pending:
             step, metrics = self._pending
             self._pending = None
-            self._report(step, {k: float(v) for k, v in jax.device_get(metrics).items()})
+            found = {k: float(v) for k, v in jax.device_get(metrics).items()}
+            self._report(step, found, time.monotonic() if until is None else until, wait)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time inside as spent waiting for data."""
-        start = time.monotonic()
+        """Counts the time inside as spent waiting for the data of the next step."""
+        self._began = time.monotonic()
         yield
-        self._waited += time.monotonic() - start
+        self._wait = time.monotonic() - self._began
+        self._waited += self._wait
 
     def restart_clock(self) -> None:
         """Keeps what happened since the last report out of the measured speed."""
-        self._steps, self._waited, self._start = 0, 0.0, time.monotonic()
+        self._restart(time.monotonic(), 0.0)
 
-    def _report(self, step: int, metrics: Metrics) -> None:
+    def _restart(self, now: float, waited: float) -> None:
+        self._steps, self._start, self._began = 0, now, now
+        self._wait = self._waited = waited
+
+    def _report(self, step: int, metrics: Metrics, until: float, wait: float) -> None:
+        """Reports a step whose time ended at `until`; since then `wait` seconds were waited."""
         check_finite(step, metrics, self._workdir)
         self._log.progress(step)
         self._steps += 1
         if self._due(step):
-            seconds = max(time.monotonic() - self._start, 1e-9)
+            seconds = max(until - self._start, 1e-9)
             metrics["images_per_second"] = self._steps * self._batch_size / seconds
-            metrics["data_wait"] = self._waited / seconds  # share of the time
+            metrics["data_wait"] = max(self._waited - wait, 0.0) / seconds  # share of the time
             # Model-FLOPs utilisation: of the measured peak, and recomputation is no work.
             metrics["mfu"] = self._steps * self._flops / seconds / self._peak
             self._log.write(step, metrics)
-            self.restart_clock()
+            self._restart(until, wait)
 
 
 @functools.cache

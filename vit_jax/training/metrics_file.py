@@ -1,0 +1,204 @@
+"""`metrics.jsonl`: one JSON object a line, in the order of steps, whatever befell the file.
+
+A run only ever appends to it. When the run goes on at an earlier step, the later lines are cut
+off; lines that cannot be read, and records that stand there twice, are taken out, and the file
+as it was is kept beside. All of it is read a line at a time: memory does not grow with it.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vit_jax import bounded
+from vit_jax.atomic import replacing
+
+Record = dict[str, Any]
+Names = tuple[str, ...]
+
+
+class Line(NamedTuple):
+    start: int  # of its first byte in the file
+    text: bytes
+    record: Record | None  # None: it is none
+
+
+def lines(path: Path) -> Iterator[Line]:
+    """The lines of a file, or nothing where there is none. Raises OSError."""
+    start = 0
+    try:
+        file = bounded.open_regular(path)
+    except FileNotFoundError:
+        return
+    with file:
+        while text := file.readline(bounded.LABELS):
+            yield Line(start, text, _parse(text))
+            start += len(text)
+
+
+def _parse(text: bytes) -> Record | None:
+    try:
+        record = bounded.parse_json(text)
+    except ValueError:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    return record if type(step) is int else None
+
+
+def encode(record: Record) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a `metrics.jsonl`; lines that cannot be read are left out, and told of.
+
+    Of a last line without an end nothing is said: somebody may be writing it.
+    """
+    records, bad = [], 0
+    for _, text, record in lines(path):
+        if record is not None:
+            records.append(record)
+        bad += record is None and text.endswith(b"\n")
+    if bad:
+        print(f"warning: {bad} lines of {path} cannot be read: left out", file=sys.stderr)
+    return records
+
+
+# --- What a run that goes on has to know --------------------------------------------------
+
+
+class Found(NamedTuple):
+    """What stands in the file up to a step.
+
+    Attributes:
+      end: bytes up to the first later record; all that follows them is later, if in order.
+      in_order: whether these bytes are records with growing steps, each once.
+      bad: lines that cannot be read.
+      first_bad: the number of the first of them.
+      last: the last record.
+      at_step: the records of the step itself.
+    """
+
+    end: int
+    in_order: bool
+    bad: int
+    first_bad: int
+    last: Record | None
+    at_step: list[Record]
+
+
+def find(path: Path, step: int) -> Found:
+    """Reads the file once. Raises OSError."""
+    end, stopped, in_order, bad, first_bad = 0, False, True, 0, 0
+    last: Record | None = None
+    at_step: list[Record] = []
+    seen: set[Names] = set()  # the names of the records of the last step
+    for number, (start, text, record) in enumerate(lines(path), 1):
+        if record is None:
+            if not stopped:
+                bad, first_bad = bad + 1, first_bad or number
+            continue
+        if record["step"] > step:
+            stopped = True
+            continue
+        if last is None or record["step"] > last["step"]:
+            seen.clear()
+        names = tuple(record)
+        backwards = last is not None and record["step"] < last["step"]
+        if stopped or backwards or names in seen or not text.endswith(b"\n"):
+            in_order = False
+        seen.add(names)
+        last = record
+        if record["step"] == step:
+            at_step.append(record)
+        if not stopped:
+            end = start + len(text)
+    return Found(end, in_order and not bad, bad, first_bad, last, at_step)
+
+
+def go_on(path: Path, step: int, found: Found, saved: Record | None) -> None:
+    """Makes the file that of a run which has come as far as `step`.
+
+    Args:
+      path: of the file.
+      step: the last step that counts.
+      found: in this file, for this step.
+      saved: a record that the checkpoint holds too, and that is put back if it is missing.
+
+    Raises:
+      OSError: it cannot be written.
+      UserError: the same, where it is written anew.
+    """
+    if saved is not None and _holds(path, saved, found):
+        saved = None
+    last = found.last["step"] if found.last else 0
+    if not found.in_order or (saved is not None and saved["step"] < last):
+        _write_anew(path, step, found, saved)
+        return
+    with path.open("ab") as file:
+        file.truncate(found.end)
+        if saved is not None:
+            file.write(encode(saved))
+
+
+def _holds(path: Path, saved: Record, found: Found) -> bool:
+    if saved in (found.last, *found.at_step):
+        return True
+    return any(record == saved for _, _, record in lines(path))
+
+
+def _write_anew(path: Path, step: int, found: Found, saved: Record | None) -> None:
+    beside = _keep(path)
+    steps, starts = array("q"), array("q")
+    for start, _, record in lines(path):
+        if record is not None and record["step"] <= step:
+            steps.append(record["step"])
+            starts.append(start)
+    order = np.argsort(np.array(steps, np.int64), kind="stable")
+    repeated, before, seen = 0, -1, set[Names]()
+    with replacing(path) as part, part.open("wb") as new, path.open("rb") as old:
+        for i in order:
+            if saved is not None and saved["step"] < steps[i]:
+                new.write(encode(saved))
+                saved = None
+            old.seek(starts[i])
+            record = _parse(old.readline())
+            assert record is not None  # it was read just now
+            if record["step"] != before:
+                before = record["step"]
+                seen.clear()
+            if tuple(record) in seen:
+                repeated += 1
+                continue
+            seen.add(tuple(record))
+            new.write(encode(record))
+        if saved is not None:
+            new.write(encode(saved))
+        new.flush()
+        os.fsync(new.fileno())
+    bad = f"{found.bad} lines that cannot be read, the first of them line {found.first_bad}"
+    problems = [bad] * bool(found.bad) + [f"{repeated} records twice"] * bool(repeated)
+    print(
+        f"warning: {path} had {' and '.join(problems) or 'records out of order'}: mended, and "
+        f"kept as it was in {beside}",
+        file=sys.stderr,
+    )
+
+
+def _keep(path: Path) -> Path:
+    """Another name for the file as it is."""
+    number = 1
+    while (beside := path.with_name(f"{path.stem}.damaged-{number}{path.suffix}")).exists():
+        number += 1
+    with contextlib.suppress(OSError):  # some file systems have no second names
+        os.link(path, beside)
+        return beside
+    shutil.copyfile(path, beside)
+    return beside
