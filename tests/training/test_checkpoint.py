@@ -60,7 +60,7 @@ def test_saving_may_go_on_while_the_state_is_donated(tmp_path):
         for _ in range(3):
             current = update(current)
     for step in (1, 2, 3):
-        params = load_params(tmp_path, str(step), target().params)
+        params = load_params(tmp_path / "checkpoints" / str(step), target().params)
         assert float(params["b"]) == step
 
 
@@ -71,7 +71,7 @@ def test_the_last_few_are_kept_and_the_best_beside_them(tmp_path):
             checkpoints.save_if_best(step, state(step).params, CARD, score)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
     assert load_card(tmp_path, "best")["step"] == 2  # the first of equals
-    assert float(load_params(tmp_path, "best", target().params)["b"]) == 2
+    assert float(load_params(tmp_path / "best" / "2", target().params)["b"]) == 2
     assert load_card(tmp_path)["step"] == 4
     with Checkpoints(tmp_path, 2) as checkpoints:  # the score outlives the process
         checkpoints.save_if_best(5, state(5).params, CARD, 0.8)
@@ -82,7 +82,7 @@ def test_averaged_weights_are_preferred(tmp_path):
     averaged = state(1).replace(ema=jax.tree.map(lambda x: x + 100, state(1).params))
     with Checkpoints(tmp_path, 2) as checkpoints:
         checkpoints.save(1, averaged, {**CARD, "config": {"ema_decay": 0.9}})
-    assert float(load_params(tmp_path, "last", target().params)["b"]) == 101
+    assert float(load_params(tmp_path / "checkpoints" / "1", target().params)["b"]) == 101
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, capsys):

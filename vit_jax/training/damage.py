@@ -1,0 +1,125 @@
+"""Tells damage to a checkpoint from trouble of the system that reads it.
+
+Only damage sets a checkpoint aside. A file that may not be read today, a disk that answers with
+an error, too little memory or too many open files say nothing about what was saved: they end
+the command, and everything stays where it is.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vit_jax.errors import UserError
+from vit_jax.training.digests import Damaged
+
+# What the system says when a file is missing, or is no file: of a checkpoint, that is damage.
+_MISSING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
+# How TensorStore, which raises no OSError, reports what the system said.
+_TENSORSTORE = re.compile(r"\[OS error (\d+):")
+
+
+def judge(checkpoint: Path, error: Exception) -> Damaged | UserError:
+    """What `error`, raised while `checkpoint` was read, says about it."""
+    if isinstance(error, Damaged | UserError):
+        return error
+    if trouble := system_trouble(error) or unreadable_file(checkpoint):
+        return UserError(
+            f"checkpoint {checkpoint} cannot be read now ({trouble}): it may be intact and was "
+            f"left where it is; mend that and run the same command again"
+        )
+    if not checkpoint.is_dir():
+        return UserError(
+            f"checkpoint {checkpoint} was removed while it was read, perhaps by the run that "
+            f"trains there: run the same command again"
+        )
+    return Damaged(f"it cannot be decoded: {_first_line(error)}")
+
+
+def system_trouble(error: BaseException) -> str:
+    """What the system said, if it is the reason for `error`, else nothing."""
+    for cause in _causes(error):
+        if isinstance(cause, MemoryError):
+            return "not enough memory"
+        if isinstance(cause, jax.errors.JaxRuntimeError | ImportError):
+            return _first_line(cause)
+        number = cause.errno if isinstance(cause, OSError) else None
+        if told := _TENSORSTORE.search(str(cause)):
+            number = int(told[1])
+        if number is not None and number not in _MISSING:
+            return os.strerror(number)
+    return ""
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception and all that led to it."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        cause = waiting.pop()
+        if cause is None or id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        waiting += [cause.__cause__, cause.__context__]
+        if isinstance(cause, BaseExceptionGroup):
+            waiting += cause.exceptions
+
+
+def unreadable_file(checkpoint: Path) -> str:
+    """What the system says against reading some file of `checkpoint`, if anything."""
+    try:
+        for folder, _, names in os.walk(checkpoint, onerror=_raise):
+            for name in names:
+                _read_through(os.path.join(folder, name))
+    except OSError as error:
+        if error.errno not in _MISSING:
+            return f"{error.filename}: {error.strerror}"
+    return ""
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _read_through(path: str) -> None:
+    if not os.path.isfile(path):
+        return
+    try:
+        with open(path, "rb") as file:
+            while file.read(1 << 24):
+                pass
+    except OSError as error:
+        error.filename = path  # which an error of reading, not of opening, does not know
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0][:200] or type(error).__name__
+
+
+def agree(error: Exception | None) -> None:
+    """Raises what was found if any process has found something; each must ask.
+
+    Raises:
+      Damaged: to some process, the checkpoint is damaged.
+      UserError: some process cannot tell.
+    """
+    if jax.process_count() == 1:
+        if error is not None:
+            raise error
+        return
+    rank = 0 if error is None else 1 if isinstance(error, Damaged) else 2
+    worst = int(np.max(multihost_utils.process_allgather(np.array(rank))))
+    if error is not None and rank == worst:
+        raise error
+    if worst == 1:
+        raise Damaged("another process found it damaged")
+    if worst == 2:
+        raise UserError("another process could not read a checkpoint: see what it says")
