@@ -185,22 +185,28 @@ def describe_data(config: ConfigDict, split: str, source: Source) -> dict[str, A
 
 
 def begin(
-    run: Run, checkpoints: Checkpoints, workdir: Path, before: Trained | None = None
+    run: Run,
+    checkpoints: Checkpoints,
+    workdir: Path,
+    before: Trained | None = None,
+    begin_anew: bool = False,
 ) -> TrainState:
-    """Returns the newest readable state, or a first one, divided over the mesh.
+    """Returns the newest intact state, or a first one, divided over the mesh.
 
-    `before` are the weights of `config.init_from`, if they are open already.
+    `before` are the weights of `config.init_from`, if they are open already. `begin_anew` is
+    for where there were states and all of them are damaged.
 
     Raises:
       UserError: the work directory belongs to a run with another configuration or other
-        data, or the weights to begin with do not fit.
+        data, none of its states is intact, or the weights to begin with do not fit.
     """
     if stored := checkpoints.card():
         configuration.check_resumable(stored["config"], run.config, workdir)
         check_classes(stored["class_names"], run.card["class_names"], workdir)
         if "data" in stored:  # not in cards written before there were fingerprints
             check_data(stored["data"], run.card["data"], workdir)
-    state = checkpoints.restore(abstract(run.learning.abstract_state, run.learning.shardings))
+    target = abstract(run.learning.abstract_state, run.learning.shardings)
+    state = checkpoints.restore(target, begin_anew)
     if state is None:
         # Each device makes its own part: nobody ever holds the whole.
         state = run.learning.init()
@@ -364,6 +370,15 @@ def loop(
         reporter.restart_clock()
         return metrics
 
+    announced = False
+
+    def save(step: int) -> None:
+        nonlocal announced
+        if stop.requested and not announced:
+            log.say(checkpoints.announcement(state))
+            announced = True
+        checkpoints.save(step, state, run.card)
+
     result = recorded_evaluation(log, first_step)
     if result is not None:
         keep_if_best(first_step, result)  # in case the run ended while that was being written
@@ -384,13 +399,13 @@ def loop(
             profiler.after(step, state)
             if stop.reached(step) or plan.due(step, plan.checkpoint_every):
                 reporter.flush()
-                checkpoints.save(step, state, run.card)
+                save(step)
             if plan.due(step, plan.eval_every) and not stop.requested:
                 reporter.flush()
                 result = evaluate_now(step)
             if stop.requested:  # perhaps only since the check above
                 reporter.flush()
-                checkpoints.save(step, state, run.card)
+                save(step)
                 break
     return result or {}
 
@@ -400,6 +415,7 @@ def train(
     workdir: Path,
     overridden: Collection[str] = (),
     stop: StopSignal | None = None,
+    begin_anew: bool = False,
 ) -> Metrics:
     """Trains to the end and returns the last evaluation, or {} when stopped by a signal.
 
@@ -408,6 +424,7 @@ def train(
       workdir: what is there is continued.
       overridden: fields that the weights of `config.init_from` shall not decide.
       stop: where somebody else listens for signals already.
+      begin_anew: start at step 0 where every state that there was is damaged.
 
     Raises:
       UserError: for everything that the person who wrote `config` can mend.
@@ -423,7 +440,7 @@ def train(
     with contextlib.ExitStack() as stack:
         stop = stop or stack.enter_context(StopSignal())
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
-        state = begin(run, checkpoints, workdir, before)
+        state = begin(run, checkpoints, workdir, before, begin_anew)
         del before  # or the memory of its arrays would be held until the end
         first_step = int(state.step)
         log = stack.enter_context(MetricWriter(workdir, first_step, run.plan.total))
@@ -473,6 +490,9 @@ def define_flags() -> None:
 
 def define_all_flags() -> None:
     define_flags()
+    flags.DEFINE_bool(
+        "begin_anew", False, "Start at step 0 where every state that there was is damaged."
+    )
     processes.define_flags()
     flags.adopt_module_key_flags(processes)  # so that --help shows them
 
@@ -493,7 +513,7 @@ def main(positional: list[str]) -> None:
     arguments = from_flags()
     with processes.together():
         cache.keep_compiled_programs()
-        result = train(*arguments)
+        result = train(*arguments, begin_anew=flags.FLAGS.begin_anew)
     if result and processes.is_first():
         name = "accuracy" if "eval/accuracy" in result else "loss"
         print(f"{name} {result[f'eval/{name}']:.4f} of {result['eval/count']} examples")

@@ -7,6 +7,7 @@ command does. What comes back is compared bit for bit.
 
 import collections
 import contextlib
+import functools
 import io
 import random
 import shutil
@@ -68,7 +69,7 @@ KINDS = {"flip": flip, "zero": zero, "scramble": scramble, "truncate": truncate}
 
 
 def damage(folder: Path, kind: str, rng: random.Random) -> tuple[Path, str]:
-    """Damages one file below `folder`; half of the times each byte is as likely as any other."""
+    """Damages one file below `folder`; half of the times each byte is as likely as another."""
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     sizes = [p.stat().st_size for p in files]
     path = rng.choices(files, sizes if rng.random() < 0.5 else None)[0]
@@ -84,6 +85,7 @@ def damage(folder: Path, kind: str, rng: random.Random) -> tuple[Path, str]:
 # --- A work directory, and what must come back --------------------------------------------
 
 
+@functools.cache
 def state(step: int) -> TrainState:
     """Large arrays and small ones, equal numbers and random ones, of three dtypes."""
     key = jax.random.key(step)
@@ -97,6 +99,7 @@ def state(step: int) -> TrainState:
     return TrainState(jnp.int32(step), params, optax.adam(1e-3).init(params), average, {})
 
 
+@functools.cache
 def target() -> TrainState:
     everywhere = sharding.replicated(sharding.make_mesh())
     return abstract(jax.eval_shape(lambda: state(0)), everywhere)

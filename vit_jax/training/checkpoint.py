@@ -71,8 +71,8 @@ class Checkpoints:
         if damaged and not begin_anew:
             raise UserError(
                 f"no checkpoint of {self.workdir} is intact, {shelf} holds the damaged ones "
-                f"({', '.join(damaged)}): put a good copy of one into checkpoints/, or pass "
-                f"--begin_anew to start from step 0"
+                f"({', '.join(damaged)}): put a good copy of one into checkpoints/, or start "
+                f"from step 0 by moving that folder away or passing --begin_anew"
             )
         return None
 

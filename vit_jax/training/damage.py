@@ -8,6 +8,7 @@ the command, and everything stays where it is.
 import errno
 import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +25,7 @@ _MISSING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
 _TENSORSTORE = re.compile(r"\[OS error (\d+):")
 
 
-def judge(checkpoint: Path, error: Exception) -> Damaged | UserError:
+def judge(checkpoint: Path, error: BaseException) -> Damaged | UserError:
     """What `error`, raised while `checkpoint` was read, says about it."""
     if isinstance(error, Damaged | UserError):
         return error
@@ -38,6 +39,11 @@ def judge(checkpoint: Path, error: Exception) -> Damaged | UserError:
             f"checkpoint {checkpoint} was removed while it was read, perhaps by the run that "
             f"trains there: run the same command again"
         )
+    if isinstance(error, FileNotFoundError) and error.filename:
+        missing = Path(error.filename)
+        return Damaged(f"{missing.parent.name}/{missing.name} is missing")
+    while error.__cause__ is not None:  # Orbax wraps what TensorStore says
+        error = error.__cause__
     return Damaged(f"it cannot be decoded: {_first_line(error)}")
 
 
@@ -88,12 +94,11 @@ def _raise(error: OSError) -> None:
 
 
 def _read_through(path: str) -> None:
-    if not os.path.isfile(path):
-        return
     try:
-        with open(path, "rb") as file:
-            while file.read(1 << 24):
-                pass
+        if stat.S_ISREG(os.stat(path).st_mode):
+            with open(path, "rb") as file:
+                while file.read(1 << 24):
+                    pass
     except OSError as error:
         error.filename = path  # which an error of reading, not of opening, does not know
         raise
@@ -104,7 +109,10 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:200] or type(error).__name__
 
 
-def agree(error: Exception | None) -> None:
+_LONGEST = 512  # bytes of a message that other processes hear
+
+
+def agree(error: Damaged | UserError | None) -> None:
     """Raises what was found if any process has found something; each must ask.
 
     Raises:
@@ -115,11 +123,10 @@ def agree(error: Exception | None) -> None:
         if error is not None:
             raise error
         return
-    rank = 0 if error is None else 1 if isinstance(error, Damaged) else 2
-    worst = int(np.max(multihost_utils.process_allgather(np.array(rank))))
-    if error is not None and rank == worst:
-        raise error
-    if worst == 1:
-        raise Damaged("another process found it damaged")
-    if worst == 2:
-        raise UserError("another process could not read a checkpoint: see what it says")
+    kinds = (Damaged, UserError)  # the worse of them last
+    said = "" if error is None else f"{int(isinstance(error, UserError))}{error}"
+    row = np.frombuffer(said.encode(errors="replace")[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row))
+    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
+    if found := max(texts, key=lambda text: text[:1]):
+        raise kinds[int(found[0])](found[1:])

@@ -140,11 +140,11 @@ def restore(checkpoint: Path, target: Any) -> Any:
     if saved is not None:
         _judged(checkpoint, lambda: digests.check_arrays(tree, saved))
     elif jax.process_index() == 0:
-        print(f"note: {checkpoint} {_UNVERIFIABLE}", file=sys.stderr)
+        print(f"note: {checkpoint} {UNVERIFIABLE}", file=sys.stderr)
     return jax.tree.map(lambda x, wanted: x.astype(wanted.dtype), tree, target)
 
 
-_UNVERIFIABLE = "was saved by a version without digests: damage to it may go unnoticed"
+UNVERIFIABLE = "was saved by a version without digests, so damage to it may go unnoticed"
 
 
 def _judged(checkpoint: Path, function: Callable[[], Any]) -> Any:
@@ -158,19 +158,20 @@ def _attempt(
     checkpoint: Path, function: Callable[[], Any]
 ) -> tuple[Any, Damaged | UserError | None]:
     """The result of `function`, or what its failure says about `checkpoint`."""
-    failure = None
     # Where one array cannot be read, Orbax abandons reading the others, and Python would show
     # a traceback for each when it clears them away.
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
-        return function(), None
-    except Exception as error:  # whatever a damaged file makes the reader raise
-        failure = judge(checkpoint, error)
+        try:
+            return function(), None
+        except Damaged as damage:
+            return None, damage
+        except Exception as error:  # whatever a damaged file makes the reader raise
+            failure = judge(checkpoint, error)
+        gc.collect()
+        return None, failure
     finally:
-        if failure is not None:
-            gc.collect()
         sys.unraisablehook = hook
-    return None, failure
 
 
 def _metadata(checkpoint: Path) -> tuple[Card, Digests | None]:
@@ -180,6 +181,7 @@ def _metadata(checkpoint: Path) -> tuple[Card, Digests | None]:
         raise Damaged(f"{digests.FOLDER}/ is missing")
     if saved is not None and digests.of_json(found) != saved.card:
         raise Damaged("card/metadata differs from what was saved")
+    read_json(checkpoint / "state" / "_METADATA")  # without which Orbax guesses
     # The rest finds damage where there are no digests.
     kinds: dict[str, Any] = {"config": dict, "class_names": list, "step": int}
     if checkpoint.parent.name == "best":
