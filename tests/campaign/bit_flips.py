@@ -9,6 +9,7 @@ import collections
 import contextlib
 import functools
 import io
+import json
 import random
 import shutil
 from pathlib import Path
@@ -110,6 +111,15 @@ def make(workdir: Path) -> None:
         for step in (OLD, NEW):
             checkpoints.save(step, state(step), CARD)
         checkpoints.save_if_best(OLD, state(OLD).params, CARD, 0.5)
+
+
+def forget_digests(checkpoint):
+    """Makes it a checkpoint of before there were digests."""
+    shutil.rmtree(checkpoint / "digests")
+    path = checkpoint / "_CHECKPOINT_METADATA"
+    metadata = json.loads(path.read_text())
+    del metadata["item_handlers"]["digests"]
+    path.write_text(json.dumps(metadata))
 
 
 def equal(one: object, other: object) -> bool:

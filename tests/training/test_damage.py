@@ -1,7 +1,6 @@
 """What is damaged is noticed and set aside; what merely cannot be read now stays."""
 
 import errno
-import json
 import os
 import resource
 import shutil
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.campaign.bit_flips import CARD, NEW, OLD, equal, make, state, target
+from tests.campaign.bit_flips import CARD, NEW, OLD, equal, forget_digests, make, state, target
 from vit_jax.errors import UserError
 from vit_jax.training import digests, stored, verify
 from vit_jax.training.checkpoint import Checkpoints, first_intact, load_card, load_params
@@ -30,10 +29,11 @@ def workdir(pristine, tmp_path):
     return shutil.copytree(pristine, tmp_path / "run")
 
 
-def flip(path, at=None):
-    """Flips one bit in the middle of a file."""
+def flip(path, count=1):
+    """Flips so many bits of a file, spread over it; one: in the middle."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2 if at is None else at] ^= 4
+    for i in range(count):
+        data[len(data) * (2 * i + 1) // (2 * count)] ^= 4
     path.write_bytes(data)
 
 
@@ -52,15 +52,6 @@ def resume(workdir):
         return checkpoints.restore(target())
 
 
-def forget_digests(checkpoint):
-    """Makes it a checkpoint of before there were digests."""
-    shutil.rmtree(checkpoint / "digests")
-    path = checkpoint / "_CHECKPOINT_METADATA"
-    metadata = json.loads(path.read_text())
-    del metadata["item_handlers"]["digests"]
-    path.write_text(json.dumps(metadata))
-
-
 def files_of(workdir):
     return {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
 
@@ -68,20 +59,25 @@ def files_of(workdir):
 # --- Damage -------------------------------------------------------------------------------
 
 
-def test_a_flipped_bit_in_array_data_costs_the_newest_state(workdir, capsys):
-    flip(largest(workdir / "checkpoints" / str(NEW)))
+def test_a_flipped_bit_in_array_data_costs_training_the_newest_state(workdir, capsys):
+    checkpoint = workdir / "checkpoints" / str(NEW)
+    flip(largest(checkpoint))
+    assert equal(resume(workdir), state(OLD))
+    reason = (workdir / "unreadable" / f"{NEW}-0" / "reason.txt").read_text().strip()
+    assert reason.endswith("differs from what was saved")
+    assert f"checkpoint {checkpoint} is damaged ({reason}); moved" in capsys.readouterr().err
+
+
+def test_other_commands_use_the_state_before_a_damaged_one_and_change_nothing(workdir, capsys):
+    flip(largest(workdir / "checkpoints" / str(NEW)), count=100)
+    before = files_of(workdir)
     assert equal(params_of(workdir, "last"), state(OLD).ema)
     warning = capsys.readouterr().err
     assert f"checkpoint {workdir}/checkpoints/{NEW} is damaged" in warning
     assert f"the one before it, {workdir}/checkpoints/{OLD}, is used" in warning
-    with pytest.raises(UserError, match=rf"{NEW} is damaged \(.* differs from .* pass --step"):
+    with pytest.raises(UserError, match=rf"{NEW} is damaged \(.*\): pass --step with another"):
         params_of(workdir, str(NEW))
-    assert not (workdir / "unreadable").exists()  # which only training makes
-    assert equal(resume(workdir), state(OLD))
-    assert (
-        "differs from what was saved"
-        in (workdir / "unreadable" / f"{NEW}-0" / "reason.txt").read_text()
-    )
+    assert files_of(workdir) == before
 
 
 def test_damaged_best_weights_are_refused_and_training_chooses_others(workdir, capsys):

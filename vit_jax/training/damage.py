@@ -125,7 +125,9 @@ def agree(error: Damaged | UserError | None) -> None:
         return
     kinds = (Damaged, UserError)  # the worse of them last
     said = "" if error is None else f"{int(isinstance(error, UserError))}{error}"
-    row = np.frombuffer(said.encode(errors="replace")[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
+    row = np.frombuffer(
+        said.encode(errors="replace")[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8
+    )
     rows = np.asarray(multihost_utils.process_allgather(row))
     texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
     if found := max(texts, key=lambda text: text[:1]):
