@@ -64,7 +64,7 @@ def test_a_flipped_bit_in_array_data_costs_training_the_newest_state(workdir, ca
     flip(largest(checkpoint))
     assert equal(resume(workdir), state(OLD))
     reason = (workdir / "unreadable" / f"{NEW}-0" / "reason.txt").read_text().strip()
-    assert reason.endswith("differs from what was saved")
+    assert "differs from what was saved" in reason or "cannot be decoded" in reason
     assert f"checkpoint {checkpoint} is damaged ({reason}); moved" in capsys.readouterr().err
 
 
@@ -189,9 +189,7 @@ def test_what_is_stored_in_another_precision_is_checked_before_it_is_converted(w
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
         (MemoryError(), "not enough memory"),
         (
-            ValueError(
-                'Error opening "zarr": Error reading "x" [OS error 24: EMFILE Too many]'
-            ),
+            ValueError("NOT_FOUND: Failed to open \"x\" [os_error_code='24']"),
             "Too many open files",
         ),
     ],
@@ -249,6 +247,7 @@ def test_too_many_open_files_are_no_damage(workdir):
 def test_what_is_found_missing_is_no_trouble_of_the_system():
     assert not system_trouble(FileNotFoundError(errno.ENOENT, "No such file"))
     assert not system_trouble(ValueError("NOT_FOUND: [OS error 2: ENOENT No such file]"))
+    assert not system_trouble(ValueError("NOT_FOUND: no chunk [os_error_code='2']"))
     assert not system_trouble(ValueError("Error decoding chunk: zstd"))
 
 

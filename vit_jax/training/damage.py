@@ -21,8 +21,8 @@ from vit_jax.training.digests import Damaged
 
 # What the system says when a file is missing, or is no file: of a checkpoint, that is damage.
 _MISSING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
-# How TensorStore, which raises no OSError, reports what the system said.
-_TENSORSTORE = re.compile(r"\[OS error (\d+):")
+# How versions of TensorStore, which raises no OSError, report what the system said.
+_TENSORSTORE = re.compile(r"\[OS error (\d+):|os_error_code='(\d+)'")
 
 
 def judge(checkpoint: Path, error: BaseException) -> Damaged | UserError:
@@ -30,10 +30,7 @@ def judge(checkpoint: Path, error: BaseException) -> Damaged | UserError:
     if isinstance(error, Damaged | UserError):
         return error
     if trouble := system_trouble(error) or unreadable_file(checkpoint):
-        return UserError(
-            f"checkpoint {checkpoint} cannot be read now ({trouble}): it may be intact and was "
-            f"left where it is; mend that and run the same command again"
-        )
+        return cannot_be_read(checkpoint, trouble)
     if not checkpoint.is_dir():
         return UserError(
             f"checkpoint {checkpoint} was removed while it was read, perhaps by the run that "
@@ -47,6 +44,13 @@ def judge(checkpoint: Path, error: BaseException) -> Damaged | UserError:
     return Damaged(f"it cannot be decoded: {_first_line(error)}")
 
 
+def cannot_be_read(checkpoint: Path, trouble: str) -> UserError:
+    return UserError(
+        f"checkpoint {checkpoint} cannot be read now ({trouble}): it may be intact and was "
+        f"left where it is; mend that and run the same command again"
+    )
+
+
 def system_trouble(error: BaseException) -> str:
     """What the system said, if it is the reason for `error`, else nothing."""
     for cause in _causes(error):
@@ -56,7 +60,7 @@ def system_trouble(error: BaseException) -> str:
             return _first_line(cause)
         number = cause.errno if isinstance(cause, OSError) else None
         if told := _TENSORSTORE.search(str(cause)):
-            number = int(told[1])
+            number = int(told[1] or told[2])
         if number is not None and number not in _MISSING:
             return os.strerror(number)
     return ""
@@ -77,12 +81,17 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
             waiting += cause.exceptions
 
 
-def unreadable_file(checkpoint: Path) -> str:
-    """What the system says against reading some file of `checkpoint`, if anything."""
+def unreadable_file(checkpoint: Path, through: bool = True) -> str:
+    """What the system says against reading some file of `checkpoint`, if anything.
+
+    Args:
+      checkpoint: its folder.
+      through: read every file to its end, which finds errors of the disk; else only open it.
+    """
     try:
         for folder, _, names in os.walk(checkpoint, onerror=_raise):
             for name in names:
-                _read_through(os.path.join(folder, name))
+                _try(os.path.join(folder, name), through)
     except OSError as error:
         if error.errno not in _MISSING:
             return f"{error.filename}: {error.strerror}"
@@ -93,11 +102,11 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _read_through(path: str) -> None:
+def _try(path: str, through: bool) -> None:
     try:
         if stat.S_ISREG(os.stat(path).st_mode):
             with open(path, "rb") as file:
-                while file.read(1 << 24):
+                while through and file.read(1 << 24):
                     pass
     except OSError as error:
         error.filename = path  # which an error of reading, not of opening, does not know

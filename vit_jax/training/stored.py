@@ -9,8 +9,9 @@ import contextlib
 import dataclasses
 import gc
 import json
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,19 @@ import orbax.checkpoint as ocp
 
 from vit_jax.errors import UserError
 from vit_jax.training import digests
-from vit_jax.training.damage import agree, judge
+from vit_jax.training.damage import agree, cannot_be_read, judge, unreadable_file
 from vit_jax.training.digests import Damaged, Digests, named, read_json
 from vit_jax.training.sharding import path_name
 
 Card = dict[str, Any]
+
+
+def _not_raised_too(record: logging.LogRecord) -> bool:
+    """Keeps to itself what Orbax logs, with a traceback, and then raises in our thread."""
+    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+
+
+logging.getLogger("absl").addFilter(_not_raised_too)
 
 
 # --- Writing ------------------------------------------------------------------------------
@@ -79,6 +88,25 @@ def save(to: ocp.CheckpointManager, step: int, tree: Any, card: Card) -> None:
         digests.FOLDER: _DigestSave(tree, card),
     }
     to.save(step, args=ocp.args.Composite(**items), force=True)
+
+
+@contextlib.contextmanager
+def no_aftermath() -> Iterator[None]:
+    """Once a write has failed, TensorStore prints a traceback for each that was under way.
+
+    It reports their ends to an event loop that Orbax has closed by then.
+    """
+    before = sys.unraisablehook
+
+    def hook(said: Any) -> None:
+        if str(said.exc_value) != "Event loop is closed":
+            before(said)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def seconds_to_save(checkpoint: Path) -> float | None:
@@ -239,6 +267,8 @@ def _read(checkpoint: Path, target: Any) -> Any:
 
 def _orbax_restore(checkpoint: Path, **how: Any) -> Any:
     """Without Orbax's manager, where a process that fails leaves the others waiting."""
+    if jax.process_index() == 0 and (trouble := unreadable_file(checkpoint, through=False)):
+        raise cannot_be_read(checkpoint, trouble)  # of which Orbax makes many tracebacks
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         args = ocp.args.PyTreeRestore(**how)
         return handler.restore((checkpoint.absolute() / "state"), args=args)
