@@ -4,6 +4,10 @@ import errno
 import os
 import resource
 import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,8 @@ from vit_jax.training import digests, stored, verify
 from vit_jax.training.checkpoint import Checkpoints, first_intact, load_card, load_params
 from vit_jax.training.damage import system_trouble
 from vit_jax.training.digests import Damaged
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -303,6 +309,77 @@ def test_parts_of_a_process_that_tells_nothing_are_missed(tmp_path):
     digests.write(tmp_path / "digests", {"x": (shape, dtype, parts[1:])}, {})
     with pytest.raises(Damaged, match="no digests of parts of x"):
         digests.read(tmp_path)
+
+
+# --- By several processes -----------------------------------------------------------------
+
+
+def together(workdir, action, mesh, count=2, devices=2, fail=""):
+    """What each of `count` processes prints that save or restore on a mesh of all devices."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    environment = dict(
+        os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}"
+    )
+    command = [sys.executable, "-m", "tests.training.checkpoint_process", str(workdir), action]
+    started = [
+        subprocess.Popen(
+            [*command, mesh, str(port), str(count), str(i), fail],
+            cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    said = [process.communicate(timeout=200) for process in started]
+    assert [process.returncode for process in started] == [0] * count, said
+    return [out.strip().splitlines()[-1] for out, _ in said if action == "restore"]
+
+
+@pytest.fixture(scope="module")
+def saved_by_two(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    together(workdir, "save", "1,4,1")
+    return workdir
+
+
+def damage_the_part_of(process, workdir):
+    folder = workdir / "checkpoints" / "2" / "state" / f"ocdbt.process_{process}" / "d"
+    flip(max(folder.iterdir(), key=lambda path: path.stat().st_size))
+
+
+def test_damage_to_what_one_of_two_processes_reads_is_known_to_both(saved_by_two, tmp_path):
+    """On another mesh, whose parts are cut across by those that were saved."""
+    workdir = shutil.copytree(saved_by_two, tmp_path / "run")
+    damage_the_part_of(1, workdir)
+    assert together(workdir, "restore", "1,2,2") == ["step 1 equal"] * 2
+    assert (workdir / "unreadable" / "2-0" / "reason.txt").read_text().strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", [None, 0, 1])
+@pytest.mark.parametrize(
+    "places",
+    [("1,4,1", 2, 2), ("4,1,1", 2, 2), ("1,2,1", 2, 1), ("2,1,4", 2, 4), ("1,1,1", 1, 1)],
+    ids=str,
+)
+def test_any_number_of_processes_checks_what_two_have_saved(
+    saved_by_two, tmp_path, damaged, places
+):
+    workdir = shutil.copytree(saved_by_two, tmp_path / "run")
+    if damaged is not None:
+        damage_the_part_of(damaged, workdir)
+    step = 2 if damaged is None else 1
+    assert together(workdir, "restore", *places) == [f"step {step} equal"] * places[1]
+
+
+@pytest.mark.slow
+def test_an_error_of_the_system_in_one_process_stops_both(saved_by_two, tmp_path):
+    workdir = shutil.copytree(saved_by_two, tmp_path / "run")
+    before = files_of(workdir)
+    for sentence in together(workdir, "restore", "1,4,1", fail="1"):
+        assert "cannot be read now (Input/output error): it may be intact" in sentence
+    assert files_of(workdir) == before
 
 
 # --- --verify -----------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class Digests(NamedTuple):
 
 def of_array(x: np.ndarray) -> str:
     """CRC-32 of the elements in C order, as 8 hexadecimal digits."""
-    return f"{zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8)):08x}"
+    return f"{zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data):08x}"
 
 
 def of_json(value: Any) -> str:

@@ -59,7 +59,7 @@ class _DigestHandler(ocp.AsyncCheckpointHandler):
 
 @ocp.args.register_with_handler(_DigestHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
-class _DigestSave(ocp.args.CheckpointArgs):  # type: ignore[misc]
+class _DigestSave(ocp.args.CheckpointArgs):
     tree: Any
     card: Card
 
