@@ -19,7 +19,7 @@ from tests.tiny_config import LONG
 
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGKILL", "SIGSTOP")
 MOMENTS = ("start", "save", "evaluation", "last save", "any")
-TIMEOUT = 300  # seconds that a run may take
+TIMEOUT = 900  # seconds that a run may take
 SAME = "identical"
 
 
