@@ -35,7 +35,7 @@ from vit_jax.models.model import count_parameters
 from vit_jax.processes import StopSignal
 from vit_jax.trained import Trained
 from vit_jax.training import sharding
-from vit_jax.training.checkpoint import Card, Checkpoints, abstract
+from vit_jax.training.checkpoint import Checkpoints, abstract
 from vit_jax.training.evaluate import evaluate
 from vit_jax.training.logging import MetricWriter
 from vit_jax.training.reporting import (
@@ -46,6 +46,7 @@ from vit_jax.training.reporting import (
     parse_profile,
 )
 from vit_jax.training.step import TrainState
+from vit_jax.training.stored import Card
 
 # --- Plan: how long, how often ------------------------------------------------------------
 
