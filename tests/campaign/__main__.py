@@ -84,6 +84,7 @@ def main() -> None:
             if time.monotonic() > end:
                 break
     command = f"python -m tests.campaign --hours={given.hours:g} --seed={given.seed}"
+    command += f" --only={given.only!r}" * bool(given.only)
     report = f"{datetime.date.today()}, `{command}`\n\n{table(done)}\n"
     print(report)
     if given.output:
