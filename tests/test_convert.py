@@ -122,6 +122,24 @@ def test_an_export_opens_as_it_was_and_fine_tunes(workdir, tmp_path):
     assert trainer.train(config, tmp_path / "run")["eval/count"] == 360
 
 
+def test_a_damaged_export_is_refused_by_every_door(workdir, tmp_path):
+    """One flipped bit in each kilobyte of the weights, of which there are more than one."""
+    trained.export(trained.load(workdir, "last", MESH), tmp_path / "export")
+    files = [p for p in (tmp_path / "export" / "best").rglob("*") if p.is_file()]
+    largest = max(files, key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    for at in range(512, len(data), 1024):
+        data[at] ^= 1
+    largest.write_bytes(data)
+    name = str(tmp_path / "export")
+    for which in ("last", "best"):
+        with pytest.raises(UserError, match=r"best/\d+ is damaged \(.*\): pass --step"):
+            trained.load_any(name, which, MESH)
+    with pytest.raises(UserError, match="is damaged"):
+        trainer.train(tiny(init_from=name), tmp_path / "run")
+    assert_one_sentence(run("evaluate", f"--workdir={name}", "--verify"), "1 of 1 checkpoints")
+
+
 def test_nothing_is_overwritten_without_force(workdir, tmp_path):
     destination = tmp_path / "model.npz"
     destination.write_text("precious")

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from tests.campaign.bit_flips import forget_digests
 from tests.interop import tiny_models
 from tests.tiny_config import LONG, TOTAL, tiny
 from vit_jax import config as configuration
@@ -104,7 +105,7 @@ def test_evaluation_counts_every_example_once_whatever_the_batch_size(finished):
 
 @pytest.mark.parametrize("stop_at", [3, 8, 13])
 def test_stopping_by_signal_and_resuming_is_bit_identical(
-    finished, tmp_path, monkeypatch, stop_at
+    finished, tmp_path, monkeypatch, capsys, stop_at
 ):
     """The signal comes within a step, or (at 8) in the middle of an evaluation."""
     original, steps = sharding.put_batch, 0
@@ -120,6 +121,9 @@ def test_stopping_by_signal_and_resuming_is_bit_identical(
     monkeypatch.setattr(sharding, "put_batch", put_and_interrupt)
     trainer.train(tiny(), tmp_path)
     monkeypatch.undo()
+    told = [line for line in capsys.readouterr().out.splitlines() if "saving" in line]
+    assert len(told) == 1
+    assert ("before that is done, nothing is" in told[0]) == (stop_at == 3)
     assert int(final_state(tmp_path).step) == stop_at
     trainer.train(tiny(), tmp_path)
     assert_same_run(tmp_path, finished[0])
@@ -261,6 +265,7 @@ def test_other_examples_to_evaluate_are_one_note(finished, tmp_path, monkeypatch
 def test_a_run_of_before_there_were_fingerprints_goes_on(finished, tmp_path, monkeypatch):
     workdir = shutil.copytree(finished[0], tmp_path / "run")
     for path in workdir.glob("checkpoints/*/card/metadata"):
+        forget_digests(path.parent.parent)  # which came later
         card = json.loads(path.read_text())
         del card["data"]
         path.write_text(json.dumps(card))

@@ -31,6 +31,9 @@ on data of any classes:
   --linear_probe  softmax regression on standardised features; its L2 strength is chosen on a
                   fifth of the training split
 
+`--workdir=DIR --verify` evaluates nothing: it reads every checkpoint of DIR, compares it with
+its digests, prints a line for each, and ends with exit code 1 if one is damaged.
+
 The features are the `pre_logits`, what the head sees. Images are preprocessed as in other
 evaluations of the model; big_vision's few-shot numbers are for
 --transform="resize('bilinear', 256)|center_crop".
@@ -53,7 +56,7 @@ from vit_jax.data import pipeline
 from vit_jax.data.classes import Mismatch, as_classes, chosen, match, read_names, some
 from vit_jax.errors import UserError
 from vit_jax.models.model import Model
-from vit_jax.training import probes, ranking, sharding
+from vit_jax.training import probes, ranking, sharding, verify
 from vit_jax.training.evaluate import evaluate
 from vit_jax.training.ranking import Ranking
 from vit_jax.training.step import make_eval_step
@@ -265,6 +268,7 @@ def define_flags() -> None:
     processes.define_flags()
     flags.adopt_module_key_flags(processes)
     flags.adopt_module_key_flags(trained)  # so that --help shows them
+    flags.DEFINE_bool("verify", False, "Only check the checkpoints of --workdir for damage.")
     flags.DEFINE_string("data", None, "Data source; that of training unless given.")
     flags.DEFINE_string("data_dir", None, "Where tfds: finds prepared data sets.")
     flags.DEFINE_string("split", None, "Split; that of training unless given.")
@@ -293,6 +297,9 @@ def define_flags() -> None:
 
 def main(positional: list[str]) -> None:
     cli.no_positional(positional)
+    if flags.FLAGS.verify:
+        verify.verify_workdir(Path(cli.required("workdir")))
+        return
     with processes.together():
         evaluate_as_told()
 

@@ -325,8 +325,9 @@ def train(
     said: Stated,
 ) -> dict[str, Any]:
     """One run of `vit_jax.train`, told about its weights where there is anything to tell."""
-    told = {} if said == stated.NOTHING else {"said": said}
-    return trainer.train(config, workdir, overridden, stop, **told)
+    if said == stated.NOTHING:
+        return trainer.train(config, workdir, overridden, stop)
+    return trainer.train(config, workdir, overridden, stop, said=said)
 
 
 def try_setting(

@@ -39,7 +39,7 @@ from vit_jax.processes import StopSignal
 from vit_jax.stated import Stated
 from vit_jax.trained import Trained
 from vit_jax.training import sharding
-from vit_jax.training.checkpoint import Card, Checkpoints, abstract
+from vit_jax.training.checkpoint import Checkpoints, abstract
 from vit_jax.training.evaluate import evaluate
 from vit_jax.training.logging import MetricWriter
 from vit_jax.training.reporting import (
@@ -50,6 +50,7 @@ from vit_jax.training.reporting import (
     parse_profile,
 )
 from vit_jax.training.step import TrainState
+from vit_jax.training.stored import Card
 
 # --- Plan: how long, how often ------------------------------------------------------------
 
@@ -246,22 +247,25 @@ def begin(
     workdir: Path,
     before: Trained | None = None,
     said: Stated = stated.NOTHING,
+    begin_anew: bool = False,
 ) -> TrainState:
-    """Returns the newest readable state, or a first one, divided over the mesh.
+    """Returns the newest intact state, or a first one, divided over the mesh.
 
     `before` are the weights of `config.init_from`, if they are open already, and `said` is
-    what their file leaves open.
+    what their file leaves open. `begin_anew` is for where there were states and all of them
+    are damaged.
 
     Raises:
       UserError: the work directory belongs to a run with another configuration or other
-        data, or the weights to begin with do not fit.
+        data, none of its states is intact, or the weights to begin with do not fit.
     """
     if stored := checkpoints.card():
         configuration.check_resumable(stored["config"], run.config, workdir)
         check_classes(stored["class_names"], run.card["class_names"], workdir)
         if "data" in stored:  # not in cards written before there were fingerprints
             check_data(stored["data"], run.card["data"], workdir)
-    state = checkpoints.restore(abstract(run.learning.abstract_state, run.learning.shardings))
+    target = abstract(run.learning.abstract_state, run.learning.shardings)
+    state = checkpoints.restore(target, begin_anew)
     if state is None:
         # Each device makes its own part: nobody ever holds the whole.
         state = run.learning.init()
@@ -429,8 +433,14 @@ def loop(
         )
         checkpoints.save_if_best(step, state.eval_params, card, score)
 
+    announced = False
+
     def save(step: int) -> None:
+        nonlocal announced
         reporter.flush()
+        if stop.requested and not announced:
+            log.say(checkpoints.announcement(state))
+            announced = True
         directory.check()
         log.sync()
         checkpoints.save(step, state, {**run.card, "last_record": log.last})
@@ -479,6 +489,7 @@ def train(
     overridden: Collection[str] = (),
     stop: StopSignal | None = None,
     said: Stated = stated.NOTHING,
+    begin_anew: bool = False,
 ) -> Metrics:
     """Trains to the end and returns the last evaluation, or {} when stopped by a signal.
 
@@ -488,6 +499,7 @@ def train(
       overridden: fields that the weights of `config.init_from` shall not decide.
       stop: where somebody else listens for signals already.
       said: about the weights of `config.init_from`, what their file leaves open.
+      begin_anew: start at step 0 where every state that there was is damaged.
 
     Raises:
       UserError: for everything that the person who wrote `config` can mend.
@@ -505,7 +517,7 @@ def train(
         directory = stack.enter_context(alone_in(workdir, processes.is_first()))
         stop = stop or stack.enter_context(StopSignal())
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
-        state = begin(run, checkpoints, workdir, before, said)
+        state = begin(run, checkpoints, workdir, before, said, begin_anew)
         del before  # or the memory of its arrays would be held until the end
         first_step = int(state.step)
         saved = (checkpoints.card() or {}).get("last_record")
@@ -558,6 +570,9 @@ def define_flags() -> None:
 
 def define_all_flags() -> None:
     define_flags()
+    flags.DEFINE_bool(
+        "begin_anew", False, "Start at step 0 where every state that there was is damaged."
+    )
     processes.define_flags()
     flags.adopt_module_key_flags(processes)  # so that --help shows them
 
@@ -578,7 +593,7 @@ def main(positional: list[str]) -> None:
     arguments = from_flags()
     with processes.together():
         cache.keep_compiled_programs()
-        result = train(*arguments, said=stated.from_flags())
+        result = train(*arguments, said=stated.from_flags(), begin_anew=flags.FLAGS.begin_anew)
     if result and processes.is_first():
         name = next(x for x in ("accuracy", "mAP", "loss") if f"eval/{x}" in result)
         print(f"{name} {result[f'eval/{name}']:.4f} of {result['eval/count']} examples")

@@ -24,8 +24,8 @@ from vit_jax.models.model import Model, Params
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives import masked_patches
 from vit_jax.stated import Stated
-from vit_jax.training import sharding
-from vit_jax.training.checkpoint import Checkpoints, abstract, load_card, load_params
+from vit_jax.training import sharding, stored
+from vit_jax.training.checkpoint import Checkpoints, abstract, first_intact, load_params
 
 
 class Trained(NamedTuple):
@@ -141,14 +141,18 @@ def load(workdir: Path, which: str, mesh: Mesh) -> Trained:
         raise UserError(
             f"there is no work directory {workdir}: train first, or check --workdir"
         )
-    card = load_card(workdir, which)
+    return first_intact(workdir, which, lambda checkpoint: _open(checkpoint, mesh))
+
+
+def _open(checkpoint: Path, mesh: Mesh) -> Trained:
+    card = stored.card(checkpoint)
     config = configuration.from_dict(card["config"])
     class_names = tuple(card["class_names"])
     model = experiment.build_model(config, len(class_names))
     objective = experiment.build_objective(config, len(class_names))
     shapes, _ = jax.eval_shape(objective.init, jax.random.key(0))
     target = abstract(shapes, sharding.replicated(mesh))
-    params = load_params(workdir, which, target)
+    params = load_params(checkpoint, target)
     params.pop(masked_patches.NAME, None)  # of the objective, not of the model
     family, resize = card.get("family", "vit_jax"), card.get("resize", "corner")
     return Trained(

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +62,7 @@ def test_saving_may_go_on_while_the_state_is_donated(tmp_path):
         for _ in range(3):
             current = update(current)
     for step in (1, 2, 3):
-        params = load_params(tmp_path, str(step), target().params)
+        params = load_params(tmp_path / "checkpoints" / str(step), target().params)
         assert float(params["b"]) == step
 
 
@@ -71,7 +73,7 @@ def test_the_last_few_are_kept_and_the_best_beside_them(tmp_path):
             checkpoints.save_if_best(step, state(step).params, CARD, score)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
     assert load_card(tmp_path, "best")["step"] == 2  # the first of equals
-    assert float(load_params(tmp_path, "best", target().params)["b"]) == 2
+    assert float(load_params(tmp_path / "best" / "2", target().params)["b"]) == 2
     assert load_card(tmp_path)["step"] == 4
     with Checkpoints(tmp_path, 2) as checkpoints:  # the score outlives the process
         checkpoints.save_if_best(5, state(5).params, CARD, 0.8)
@@ -82,7 +84,7 @@ def test_averaged_weights_are_preferred(tmp_path):
     averaged = state(1).replace(ema=jax.tree.map(lambda x: x + 100, state(1).params))
     with Checkpoints(tmp_path, 2) as checkpoints:
         checkpoints.save(1, averaged, {**CARD, "config": {"ema_decay": 0.9}})
-    assert float(load_params(tmp_path, "last", target().params)["b"]) == 101
+    assert float(load_params(tmp_path / "checkpoints" / "1", target().params)["b"]) == 101
 
 
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, capsys):
@@ -93,21 +95,28 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(tmp_path, capsys):
         assert int(restored.step) == 1
         checkpoints.save(2, state(2), CARD)  # and its step can be written again
     warning = capsys.readouterr().err
-    assert f"checkpoint {tmp_path / 'checkpoints' / '2'} cannot be read" in warning
+    assert f"checkpoint {tmp_path / 'checkpoints' / '2'} is damaged" in warning
     assert "falling back" in warning
-    assert (tmp_path / "unreadable" / "2-0").is_dir()
+    reason = (tmp_path / "unreadable" / "2-0" / "reason.txt").read_text()
+    assert f"({reason.strip()})" in warning
     assert int(load_card(tmp_path)["step"]) == 2
 
 
-def test_nothing_readable_is_an_error_not_a_fresh_start(tmp_path):
+def test_nothing_intact_is_no_fresh_start_unless_told_to(tmp_path):
     save(tmp_path, [1, 2])
     damage(tmp_path, 1)
     damage(tmp_path, 2)
-    with (
-        Checkpoints(tmp_path, 2) as checkpoints,
-        pytest.raises(UserError, match=r"none of the checkpoints \[2, 1\]"),
-    ):
-        checkpoints.restore(target())
+    for _ in range(2):  # now, and whenever the same command is run again
+        with (
+            Checkpoints(tmp_path, 2) as checkpoints,
+            pytest.raises(UserError, match=r"the damaged ones \(1-0, 2-0\).*--begin_anew"),
+        ):
+            checkpoints.restore(target())
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.restore(target(), begin_anew=True) is None
+        checkpoints.save(3, state(3), CARD)
+    with Checkpoints(tmp_path, 2) as checkpoints:  # what lies there no longer matters
+        assert int(checkpoints.restore(target()).step) == 3
 
 
 def test_an_unfinished_write_is_not_a_checkpoint(tmp_path):
@@ -129,6 +138,17 @@ def test_doors_say_what_there_is(tmp_path):
     save(tmp_path, [1, 2])
     with pytest.raises(UserError, match="has no checkpoint '7': it holds 1, 2"):
         load_card(tmp_path, "7")
-    damage(tmp_path, 2)
-    with pytest.raises(UserError, match=r"checkpoint 2 in .* cannot be read.*pass --step"):
-        load_params(tmp_path, "last", target().params)
+
+
+def test_a_signal_is_told_how_long_a_save_takes_and_what_stands_without_it(tmp_path):
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.announcement(state(1)) == (
+            "saving 0.1 KiB (how long that takes is unknown); if the process is killed before "
+            "that is done, nothing is what it continues from"
+        )
+    save(tmp_path, [1])
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        told = checkpoints.announcement(state(2))
+    assert re.fullmatch(
+        r"saving .* KiB \(the last save took \d+\.\d s\); .*, step 1 is .*", told
+    )

@@ -1,168 +1,215 @@
-"""Saving and restoring: the only file that knows Orbax.
+"""The checkpoints of a work directory: which one is used, and what becomes of a damaged one.
 
 A work directory holds `checkpoints/STEP`, the last few states, from which training resumes,
 and `best/STEP`, the weights of the best evaluation so far. Beside the arrays of each lies a
 *card*, a JSON object with the configuration, the class names and the metrics: whoever has
-one of these folders needs nothing else. Writing is asynchronous, and atomic: a step appears
-under its number only when it is complete.
+one of these folders needs nothing else. All of it is compared with its digests whenever it is
+read. Training moves what is damaged to `unreadable/` and goes on from the one before;
+everybody else changes nothing on disk.
 """
 
+import contextlib
+import itertools
 import math
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from vit_jax.errors import UserError
-
-Card = dict[str, Any]
-
-
-def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
-    """For the one run that trains: it also clears away what a crash left half written."""
-    return _with_handlers(directory, max_to_keep=keep, cleanup_tmp_directories=True)
-
-
-def _reader(directory: Path) -> ocp.CheckpointManager:
-    """For everybody else, perhaps while training goes on: it changes nothing on disk."""
-    # Orbax's own `read_only` does the same, with six warnings about it.
-    return _with_handlers(directory, create=False, save_root_metadata=False)
-
-
-def _with_handlers(directory: Path, **options: Any) -> ocp.CheckpointManager:
-    # Processes meet by name: two managers that save at once must not use the same names.
-    names = ocp.options.MultiprocessingOptions(barrier_sync_key_prefix=directory.name)
-    handlers = {
-        "state": ocp.PyTreeCheckpointHandler(multiprocessing_options=names),
-        "card": ocp.JsonCheckpointHandler(multiprocessing_options=names),
-    }
-    return ocp.CheckpointManager(
-        directory.absolute(),
-        options=ocp.CheckpointManagerOptions(multiprocessing_options=names, **options),
-        item_handlers=handlers,
-    )
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, target: Any) -> Any:
-    """Reads the arrays that `target` names, with its shapes, dtypes and shardings."""
-    args = ocp.args.PyTreeRestore(
-        item=target,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-        partial_restore=True,
-    )
-    return manager.restore(step, args=ocp.args.Composite(state=args))["state"]
-
-
-def _read_card(manager: ocp.CheckpointManager, step: int) -> Card:
-    return manager.restore(step, args=ocp.args.Composite(card=ocp.args.JsonRestore()))["card"]
-
-
-def _everywhere(good: bool) -> bool:
-    """Whether `good` holds in every process; each must ask."""
-    if jax.process_count() == 1:
-        return good
-    return bool(np.all(multihost_utils.process_allgather(np.array(good))))
+from vit_jax.training import sharding, stored
+from vit_jax.training.damage import agree, system_trouble
+from vit_jax.training.digests import Damaged
+from vit_jax.training.stored import Card
 
 
 class Checkpoints:
-    """The checkpoints of one run."""
+    """The checkpoints of one run; as a context, it waits at its end until all is on disk."""
 
     def __init__(self, workdir: Path, keep: int):
         self.workdir = workdir
-        self._last = _manager(workdir / "checkpoints", keep)
-        self._best = _manager(workdir / "best", 1)
-        step = self._best.latest_step()
-        self._best_score = -math.inf if step is None else _read_card(self._best, step)["score"]
+        self._last = stored.manager(workdir / "checkpoints", keep)
+        self._best = stored.manager(workdir / "best", 1)
+        self._best_score: float | None = None  # not known yet
+        self._quiet = contextlib.ExitStack()
 
     def card(self) -> Card | None:
-        """The card of the newest checkpoint that has a readable one, or None."""
-        for step in sorted(self._last.all_steps(), reverse=True):
+        """The card of the newest checkpoint that has an intact one, or None.
+
+        Raises:
+          UserError: one cannot be read now.
+        """
+        for step in stored.steps(self.workdir / "checkpoints"):
             try:
-                return _read_card(self._last, step)
-            except Exception:
+                return stored.card(self._path(self._last, step))
+            except Damaged:
                 continue  # `restore` reports it
         return None
 
-    def restore(self, target: Any) -> Any | None:
-        """Returns the newest readable state, or None where there is no checkpoint.
+    def restore(self, target: Any, begin_anew: bool = False) -> Any | None:
+        """Returns the newest intact state, or None where there has never been one.
 
-        A checkpoint that cannot be read is moved to `unreadable/` and the one before it is
-        tried.
+        A damaged checkpoint is moved to `unreadable/` and the one before it is tried.
+
+        Args:
+          target: a tree of `jax.ShapeDtypeStruct` with shardings.
+          begin_anew: return None, too, where all that there were are damaged.
 
         Raises:
-          UserError: there are checkpoints, but none can be read.
+          UserError: there were checkpoints, but none is intact; or one cannot be read now.
         """
-        steps = sorted(self._last.all_steps(), reverse=True)
-        for step in steps:
-            error, state = None, None
+        self._score_to_beat()
+        for step in stored.steps(self.workdir / "checkpoints"):
             try:
-                state = _restore(self._last, step, target)
-            except Exception as failure:  # whatever a damaged file makes the reader raise
-                error = failure
-            if _everywhere(error is None):
-                return state
-            self._set_aside(step, error)
-        if steps:
+                return stored.restore(self._path(self._last, step), target)
+            except Damaged as damage:
+                self._set_aside(self._last, step, damage)
+        shelf = self.workdir / "unreadable"
+        damaged = sorted(p.name for p in shelf.glob("[0-9]*")) if shelf.is_dir() else []
+        if damaged and not begin_anew:
             raise UserError(
-                f"none of the checkpoints {steps} in {self.workdir} could be read: they were "
-                f"moved to {self.workdir / 'unreadable'}; run again to start from step 0"
+                f"no checkpoint of {self.workdir} is intact, {shelf} holds the damaged ones "
+                f"({', '.join(damaged)}): put a good copy of one into checkpoints/, or start "
+                f"from step 0 by moving that folder away or passing --begin_anew"
             )
         return None
 
-    def _set_aside(self, step: int, error: Exception | None) -> None:
-        if jax.process_index() == 0:
-            self._move_away(step, error or RuntimeError("another process could not read it"))
-        _everywhere(True)  # when process 0 has moved it
-        self._last.reload()
+    def _score_to_beat(self) -> float:
+        """The score of the best weights so far, if they are intact."""
+        while self._best_score is None:
+            step = self._best.latest_step()
+            if step is None:
+                self._best_score = -math.inf
+                break
+            path = self._path(self._best, step)
+            try:
+                score = stored.card(path)["score"]
+                self._check_best(path)
+                self._best_score = score
+            except Damaged as damage:
+                self._set_aside(self._best, step, damage)
+        return self._best_score
 
-    def _move_away(self, step: int, error: Exception) -> None:
-        source = self.workdir / "checkpoints" / str(step)
+    def _check_best(self, path: Path) -> None:
+        """Looks at its arrays, too: they are not needed now, but will be at the end."""
+        failure = None
+        try:
+            if jax.process_index() == 0:
+                stored.verify(path)
+        except (Damaged, UserError) as error:
+            failure = error
+        agree(failure)
+
+    def _set_aside(self, manager: ocp.CheckpointManager, step: int, damage: Damaged) -> None:
+        failure = None
+        try:
+            if jax.process_index() == 0:
+                self._move_away(self._path(manager, step), damage)
+        except OSError as error:
+            failure = UserError(
+                f"the damaged checkpoint {self._path(manager, step)} ({damage}) cannot be "
+                f"moved away ({error.strerror}): delete it, or make {self.workdir} writable"
+            )
+        agree(failure)  # when process 0 has moved it
+        manager.reload()
+
+    def _move_away(self, source: Path, damage: Damaged) -> None:
         shelf = self.workdir / "unreadable"
         shelf.mkdir(exist_ok=True)
-        number = len(list(shelf.glob(f"{step}-*")))
-        target = shelf / f"{step}-{number}"
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        name = f"best-{source.name}" if source.parent.name == "best" else source.name
+        target = shelf / f"{name}-{len(list(shelf.glob(f'{name}-*')))}"
+        source.rename(target)
+        (target / "reason.txt").write_text(f"{damage}\n")
+        instead = "evaluations from here on choose a new one"
+        if name == source.name:
+            instead = "falling back to the one before it"
         print(
-            f"warning: checkpoint {source} cannot be read ({reason[0][:200]}); moved it to "
-            f"{target}, falling back to the one before it",
+            f"warning: checkpoint {source} is damaged ({damage}); moved it to {target}, "
+            f"{instead}",
             file=sys.stderr,
         )
-        source.rename(target)
+
+    def _path(self, manager: ocp.CheckpointManager, step: int) -> Path:
+        return self.workdir / Path(manager.directory).name / str(step)
 
     def save(self, step: int, state: Any, card: Card) -> None:
-        """Starts writing; returns as soon as `state` may be changed again."""
-        # Whoever resumes from this step relies on every earlier best one being there.
-        self._best.wait_until_finished()
-        if step not in self._last.all_steps():
-            self._write(self._last, step, state, card)
+        """Starts writing; returns as soon as `state` may be changed again.
+
+        Raises:
+          UserError: the disk is full, or the like.
+        """
+        with self._sentence():
+            # Whoever resumes from this step relies on every earlier best one being there.
+            self._best.wait_until_finished()
+            if step not in self._last.all_steps():
+                stored.save(self._last, step, state, card)
 
     def save_if_best(self, step: int, params: Any, card: Card, score: float) -> None:
-        """Keeps `params` in place of the best so far if `score` is higher."""
-        if score > self._best_score:
-            self._best_score = score
-            self._write(self._best, step, {"params": params}, {**card, "score": score})
+        """Keeps `params` in place of the best so far if `score` is higher.
 
-    @staticmethod
-    def _write(manager: ocp.CheckpointManager, step: int, state: Any, card: Card) -> None:
-        items = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state), card=ocp.args.JsonSave({**card, "step": step})
+        Raises:
+          UserError: as `save`.
+        """
+        if score > self._score_to_beat():
+            self._best_score = score
+            with self._sentence():
+                stored.save(self._best, step, {"params": params}, {**card, "score": score})
+
+    def announcement(self, state: Any) -> str:
+        """What whoever sent a signal must know about the save that comes now."""
+        size = sum(x.nbytes for x in jax.tree.leaves(state))
+        before = next(iter(stored.steps(self.workdir / "checkpoints")), None)
+        known = before is not None and stored.seconds_to_save(self._path(self._last, before))
+        took = (
+            f"the last save took {known:.1f} s" if known else "how long that takes is unknown"
         )
-        manager.save(step, args=items, force=True)
+        instead = "nothing" if before is None else f"step {before}"
+        return (
+            f"saving {sharding.readable(size)} ({took}); if the process is killed before that "
+            f"is done, {instead} is what it continues from"
+        )
+
+    @contextlib.contextmanager
+    def _sentence(self) -> Iterator[None]:
+        """Says in a sentence why the system does not let a checkpoint be written."""
+        try:
+            yield
+        except Exception as error:
+            trouble = "" if isinstance(error, UserError) else system_trouble(error)
+            if not trouble:
+                raise
+            raise UserError(
+                f"a checkpoint could not be written in {self.workdir} ({trouble}): mend that "
+                f"and run the same command again; it continues from the last complete one"
+            ) from error
 
     def __enter__(self) -> "Checkpoints":
+        self._quiet.enter_context(stored.no_aftermath())
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Waits until everything is on disk."""
-        self._last.close()
-        self._best.close()
+        with self._quiet, self._sentence():
+            try:
+                self._last.close()
+            finally:
+                self._best.close()
 
 
-def _open(workdir: Path, which: str) -> tuple[ocp.CheckpointManager, int]:
+# --- For everybody but the run that trains ------------------------------------------------
+
+
+def find(workdir: Path, which: str) -> list[Path]:
+    """The checkpoints that `which` (`last`, `best` or a step number) means, in order.
+
+    Of `last` that is every state, the newest first: where one is damaged, the next will do.
+
+    Raises:
+      UserError: there is none.
+    """
     exported = not (workdir / "checkpoints").is_dir() and (workdir / "best").is_dir()
     if which == "last" and exported:
         which = "best"  # an export holds nothing else
@@ -171,59 +218,59 @@ def _open(workdir: Path, which: str) -> tuple[ocp.CheckpointManager, int]:
         raise UserError(
             f"{workdir} has no {directory.name}/ folder: pass the --workdir of a training run"
         )
-    manager = _reader(directory)
-    steps = sorted(manager.all_steps())
+    steps = stored.steps(directory)
     if which in ("last", "best") and steps:
-        return manager, steps[-1]
+        return [directory / str(step) for step in (steps if which == "last" else steps[:1])]
     if which not in map(str, steps):
-        found = ", ".join(map(str, steps)) or "none"
+        found = ", ".join(map(str, reversed(steps))) or "none"
         raise UserError(f"{directory} has no checkpoint {which!r}: it holds {found}")
-    return manager, int(which)
+    return [directory / which]
+
+
+def first_intact(workdir: Path, which: str, use: Callable[[Path], Any]) -> Any:
+    """`use(checkpoint)` of the checkpoint that `which` means, or the first that is intact.
+
+    Args:
+      workdir: a work directory, in which nothing is changed.
+      which: as for `find`; only of `last` there are several.
+      use: opens it, and raises Damaged if it is.
+
+    Raises:
+      UserError: there is none, it cannot be read now, or it is damaged.
+    """
+    found = find(workdir, which)
+    for checkpoint, before in itertools.zip_longest(found, found[1:]):
+        try:
+            return use(checkpoint)
+        except Damaged as damage:
+            sentence = f"checkpoint {checkpoint} is damaged ({damage})"
+        if before and jax.process_index() == 0:
+            print(f"warning: {sentence}; the one before it, {before}, is used", file=sys.stderr)
+    raise UserError(
+        f"{sentence}: pass --step with another one, or copy the work directory again"
+    )
 
 
 def load_card(workdir: Path, which: str = "last") -> Card:
-    """Reads the card of checkpoint `which`: `last`, `best` or a step number.
-
-    Raises:
-      UserError: there is no such checkpoint, or it cannot be read.
-    """
-    manager, step = _open(workdir, which)
-    with manager:
-        try:
-            return _read_card(manager, step)
-        except Exception as error:
-            raise _unreadable(workdir, step, error) from error
+    """Reads the card of checkpoint `which`; raises as `first_intact`."""
+    return first_intact(workdir, which, stored.card)
 
 
-def load_params(workdir: Path, which: str, target: Any) -> Any:
-    """Reads the weights of checkpoint `which`, the averaged ones where they were kept.
+def load_params(checkpoint: Path, target: Any) -> Any:
+    """Reads the weights of a checkpoint, the averaged ones where they were kept.
 
     Args:
-      workdir: a work directory.
-      which: `last`, `best` or a step number.
+      checkpoint: its folder.
       target: a tree of `jax.ShapeDtypeStruct` with shardings.
 
     Raises:
-      UserError: there is no such checkpoint, or it cannot be read.
+      Damaged: it is not what was saved.
+      UserError: it cannot be read now.
     """
-    manager, step = _open(workdir, which)
-    with manager:
-        try:
-            # Only whole states have both; what `best` holds is named `params` whatever it is.
-            averaged = _read_card(manager, step)["config"]["ema_decay"]
-            whole = Path(manager.directory).name == "checkpoints"
-            name = "ema" if averaged and whole else "params"
-            return _restore(manager, step, {name: target})[name]
-        except Exception as error:
-            raise _unreadable(workdir, step, error) from error
-
-
-def _unreadable(workdir: Path, step: int, error: Exception) -> UserError:
-    reason = str(error).strip().splitlines() or [type(error).__name__]
-    return UserError(
-        f"checkpoint {step} in {workdir} cannot be read ({reason[0][:200]}): pass --step with "
-        f"another one, or copy the work directory again"
-    )
+    # Only whole states have both; what `best` holds is named `params` whatever it is.
+    averaged = stored.card(checkpoint)["config"].get("ema_decay")
+    name = "ema" if averaged and checkpoint.parent.name == "checkpoints" else "params"
+    return stored.restore(checkpoint, {name: target})[name]
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
