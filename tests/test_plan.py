@@ -24,7 +24,7 @@ from vit_jax.models.flops import train_flops
 from vit_jax.planning import page, roofline
 from vit_jax.planning.chips import CHIPS, interconnect
 from vit_jax.planning.products import product_flops
-from vit_jax.planning.program import Array, Collective, Program, arrays, sent
+from vit_jax.planning.program import Array, Collective, Mover, Program, arrays, sent
 from vit_jax.planning.search import best, largest, search
 from vit_jax.planning.step import Memory, Plan, gib, make_plan, refused, undivided
 from vit_jax.planning.target import Target, topology
@@ -134,6 +134,64 @@ def test_traffic_is_what_goes_to_the_main_memory():
     # Outside, the counter is copied and the part of the gradients is written.
     outside = 2 * 4 + 16 * 128 * 4
     assert Program(TEXT).traffic() == 6 * (layer + counting) + outside
+
+
+# A fusion inside of a fusion that only gives a parameter another shape, as before a product.
+VIEWED = """\
+HloModule viewed, is_scheduled=true
+
+%view (v: bf16[4,64,128]) -> bf16[256,128] {
+  %v = bf16[4,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %b = bf16[256,128]{1,0:T(8,128)(2,1)} bitcast(%v)
+}
+
+%product (p: bf16[4,64,128], w: bf16[128,128]) -> bf16[256,128] {
+  %p = bf16[4,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %w = bf16[128,128]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %shaped = bf16[256,128]{1,0:T(8,128)(2,1)} fusion(%p), kind=kLoop, calls=%view
+  ROOT %conv = bf16[256,128]{1,0:T(8,128)(2,1)} convolution(%shaped, %w), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: bf16[4,64,128], k: bf16[128,128]) -> bf16[256,128] {
+  %x = bf16[4,64,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %k = bf16[128,128]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  ROOT %y = bf16[256,128]{1,0:T(8,128)(2,1)} fusion(%x, %k), kind=kOutput, calls=%product, metadata={op_name="jit(step)/transpose(jvp(ViT))/Transformer/while/body/checkpoint/encoderblock_3/MlpBlock_0/Dense_1/dot_general"}
+}
+"""  # noqa: E501
+
+
+def test_what_is_read_through_another_shape_is_read():
+    assert Program(VIEWED).traffic() == 2 * 256 * 128 * 2  # the tokens, in and out
+
+
+def test_movers_name_the_part_of_the_network_and_add_up_to_the_traffic():
+    [mover] = Program(VIEWED).movers()
+    assert mover == Mover(
+        "backward", "Transformer/encoderblock/MlpBlock_0/Dense_1", "dot_general",
+        2 * 256 * 128 * 2, 1, "bf16[256,128]",
+    )  # fmt: skip
+    program = Program(TEXT)
+    movers = program.movers()
+    assert sum(mover.bytes for mover in movers) == program.traffic()
+    assert [mover.bytes for mover in movers] == sorted(
+        (mover.bytes for mover in movers), reverse=True
+    )
+    assert {mover.part for mover in movers} == {"moved by XLA"}  # this text names nothing
+    assert {mover.runs for mover in movers if mover.operation == "all-gather"} == {6}
+
+
+def test_a_page_shows_the_largest_movers():
+    mover = Mover(
+        "forward", "encoderblock/MlpBlock_0/Dense_0", "dot_general", 3 * 10**9, 24, "x"
+    )
+    plan = dataclasses.replace(planned(8, 1 << 30), traffic=4 * 10**9, movers=(mover,))
+    lines = page.describe(
+        dataclasses.replace(plan, seconds={"compile": 1.0}, collectives=())
+    ).splitlines()
+    [head] = [line for line in lines if line.startswith("traffic")]
+    assert "4.00 GB" in head
+    assert "75% of it" in head
+    assert any("3.00 GB" in line and "MlpBlock_0/Dense_0" in line for line in lines)
 
 
 def test_a_loop_of_unknown_length_counts_once_and_is_named():
@@ -285,8 +343,9 @@ def planned(size, used, limit=16 << 30, refusal=None):
         mesh={"data": 4, "fsdp": 1, "tensor": 1}, batch_size=4 * size, per_device_batch=size,
         remat="dots", scan=True, num_classes=1000, parameters=86_567_656, model_flops=100,
         counted_flops=99, executed_flops=110, limit=limit,
-        memory=None if refusal else Memory(used, 0, 0, 0, 0), traffic=0, collectives=(),
-        estimate=None, notes=(), refusal=refusal, used=used, seconds={"compile": 1.0},
+        memory=None if refusal else Memory(used, 0, 0, 0, 0), traffic=0, movers=(),
+        collectives=(), estimate=None, notes=(), refusal=refusal, used=used,
+        seconds={"compile": 1.0},
     )  # fmt: skip
 
 
@@ -472,8 +531,10 @@ def test_the_command_plans_for_this_machine(tmp_path):
     output = tmp_path / "plan.json"
     result = run("--per_device_batch=4", f"--output={output}")
     assert result.returncode == 0, result.stderr
+    assert "compiling" in result.stderr.splitlines()[-1]  # said before it is done
     stored = json.loads(output.read_text())
     assert stored["fits"]
+    assert stored["movers"]
     assert stored["batch_size"] == stored["per_device_batch"] == 4
     assert result.stdout.splitlines()[-1] == stored["verdict"]
     assert "no estimate of time" in result.stdout

@@ -90,6 +90,12 @@ def main(positional: list[str]) -> None:
     if note:
         print(note, file=sys.stderr)
     mesh_shares = sharding.shares(sharding.make_mesh(config.mesh, target.devices))
+    print(
+        f"compiling {config.model.variant} for {target.name}: each program takes from half a "
+        f"minute to several minutes on two cores",
+        file=sys.stderr,
+        flush=True,
+    )
 
     def attempt(remat: str, per_device: int) -> Plan:
         changed = config.copy_and_resolve_references()
