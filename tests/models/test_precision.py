@@ -49,7 +49,8 @@ def normal(seed, *shape):
 
 
 def relative(found, expected):
-    return float(np.linalg.norm(np.float64(found) - expected) / np.linalg.norm(expected))
+    found, expected = np.float64(found), np.float64(expected)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
 
 
 # --- The table of kernels.py ---------------------------------------------------------------
