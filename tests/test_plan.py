@@ -554,7 +554,7 @@ def test_tpus_that_are_not_there(tmp_path):
     small = ("--topology=v5e:2x2", "--config.mesh.fsdp=4", f"--output={output}")
     result = run(*small, "--per_device_batch=16", "--config.model.dtype=bfloat16")
     assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
+    assert re.fullmatch(r"compiling .*\n", result.stderr)  # libtpu says nothing
     stored = json.loads(output.read_text())
     assert (stored["chip"], stored["devices"], stored["batch_size"]) == ("v5e", 4, 64)
     assert 0 < stored["memory"]["arguments"] < stored["limit"]
