@@ -41,7 +41,7 @@ def test_brackets_without_end_are_a_mistake_like_others(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text("[" * 200_000 + "\n")
     with pytest.raises(UserError, match=r"line 1 is no JSON object"):
-        list(labels._read(path))
+        labels.open_listed(labels.listed_in_file(path), "train")
     with pytest.raises(ValueError, match="nested too deeply"):
         bounded.parse_json("[" * 200_000)
 
@@ -51,7 +51,7 @@ def test_a_line_of_labels_has_an_end(tmp_path, name):
     (tmp_path / name).touch()
     os.truncate(tmp_path / name, 10_000_000_000)
     with pytest.raises(UserError, match=r"line 1 has 1,048,576 characters or more"):
-        list(labels._read(tmp_path / name))
+        labels.open_listed(labels.listed_in_file(tmp_path / name), "train")
 
 
 def test_a_link_to_itself_is_no_folder(tmp_path):
