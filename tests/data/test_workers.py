@@ -73,7 +73,7 @@ def test_workers_end_with_their_parent_and_leave_no_memory(tmp_path, number, gro
 
 def test_a_normal_end_says_nothing(tmp_path):
     process, _ = start(tmp_path)
-    _, errors = process.communicate("", timeout=60)
+    _, errors = process.communicate("", timeout=180)
     assert process.returncode == 0
     assert "resource_tracker" not in errors
     assert "Traceback" not in errors
