@@ -48,7 +48,7 @@ def wide_png(pixels):
         b"\2" + (raw[i] - raw[i - 1]).tobytes() if i % 2 else b"\0" + raw[i].tobytes()
         for i in range(height)
     ]
-    colour = {1: 0, 3: 2, 4: 6}[channels]
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))
     data = chunk(b"IDAT", zlib.compress(b"".join(rows)))
     return b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b"")
@@ -219,6 +219,7 @@ def test_eight_bits_become_sixteen():
         (np.zeros((4, 4, 5), "f4"), 5, 8, "an array of float32"),
         (make_tiff(noise(5))[:300], 5, 8, "TIFF is"),
         (saved(noise(4), "npy")[:200], 4, 8, "cannot be decoded"),
+        (wide_png(noise(2, np.uint16)), 2, 16, "grey with transparency in 16 bits"),
     ],
 )
 def test_other_channels_are_bad_images(image, channels, bits, said):

@@ -128,6 +128,11 @@ def _pixels(encoded: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         if image.format == "PNG" and (tile := image.tile[0]).args in _WIDE_PNG:
             return _wide_png(encoded, tile.args)
+        if image.format == "PNG" and image.tile[0].args == "LA;16B":  # no other half of it
+            raise ValueError(
+                "it is grey with transparency in 16 bits, of which 8 would be lost; store it "
+                "as TIFF, .npy or with 8 bits"
+            )
         image.load()
         return _channels(_upright(image))
 
