@@ -1,9 +1,14 @@
 """Every test runs on eight fake CPU devices, so that sharding is never a special case."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 os.environ["XLA_FLAGS"] = " ".join(
     [
@@ -24,3 +29,21 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+MAPS = Path("/proc/self/maps")  # of Linux
+MOST_MAPS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs_in_memory() -> Iterator[None]:
+    """Forgets compiled programs when there are many.
+
+    XLA maps memory for each of them. Linux refuses a process its 65,530th mapping, which ends it
+    without a word, and a run of the tests with it.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_text().count("\n") > MOST_MAPS:
+        import jax  # only now, since what is set above must come first
+
+        jax.clear_caches()
+        gc.collect()
