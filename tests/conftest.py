@@ -38,8 +38,8 @@ MOST_MAPS = 20_000
 def few_programs_in_memory() -> Iterator[None]:
     """Forgets compiled programs when there are many.
 
-    XLA maps memory for each of them. Linux refuses a process its 65,530th mapping, which ends it
-    without a word, and a run of the tests with it.
+    XLA maps memory for each of them. Linux refuses a process its 65,530th mapping, which ends
+    it without a word, and a run of the tests with it.
     """
     yield
     if MAPS.exists() and MAPS.read_text().count("\n") > MOST_MAPS:
