@@ -94,6 +94,23 @@ def flax_layers(cfg: ViTConfig, dtype: Any = None) -> Model:
     return Model(cfg, init, apply)
 
 
+def for_flax(params: Any, depth: int) -> Any:
+    """Our parameters under the names of `FlaxViT`."""
+    encoder = params["Transformer"]
+    tree = {
+        "Conv_0": params["embedding"],
+        "cls": params["cls"],
+        "positions": encoder["posembed_input"]["pos_embedding"],
+        "LayerNorm_0": encoder["encoder_norm"],
+        "Dense_0": params["head"],
+    }
+    for i in range(depth):
+        block = encoder[f"encoderblock_{i}"]
+        names = ("LayerNorm_0", "LayerNorm_1", "MultiHeadDotProductAttention_0")
+        tree[f"FlaxBlock_{i}"] = {n: block[n] for n in names} | block["MlpBlock_0"]
+    return tree
+
+
 BUILDERS: dict[str, Callable[[ViTConfig], Model]] = {"ours": vit.build, "flax": flax_layers}
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks import conditions
-from benchmarks.jax_contestants import flax_layers
+from benchmarks.jax_contestants import flax_layers, for_flax
 from benchmarks.measure import save
 from vit_jax import cli
 from vit_jax import config as configuration
@@ -64,23 +64,6 @@ def network(data: str, dtype: str) -> ViTConfig:
 
 
 # --- Gradients ----------------------------------------------------------------------------
-
-
-def for_flax(params: Any, depth: int) -> Any:
-    """Our parameters under the names of `FlaxViT`."""
-    encoder = params["Transformer"]
-    tree = {
-        "Conv_0": params["embedding"],
-        "cls": params["cls"],
-        "positions": encoder["posembed_input"]["pos_embedding"],
-        "LayerNorm_0": encoder["encoder_norm"],
-        "Dense_0": params["head"],
-    }
-    for i in range(depth):
-        block = encoder[f"encoderblock_{i}"]
-        names = ("LayerNorm_0", "LayerNorm_1", "MultiHeadDotProductAttention_0")
-        tree[f"FlaxBlock_{i}"] = {n: block[n] for n in names} | block["MlpBlock_0"]
-    return tree
 
 
 def gradients(model: Any, params: Any, batch: Any) -> Any:

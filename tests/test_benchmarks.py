@@ -42,17 +42,7 @@ def test_flax_layers_are_our_network():
     params = jax.tree.map(
         lambda leaf: 0.3 * rng.standard_normal(leaf.shape, np.float32), shapes
     )
-    encoder = params["Transformer"]
-    theirs = {
-        "Conv_0": params["embedding"],
-        "cls": params["cls"],
-        "positions": encoder["posembed_input"]["pos_embedding"],
-        "LayerNorm_0": encoder["encoder_norm"],
-        "Dense_0": params["head"],
-    }
-    for i in range(task.depth):
-        block = dict(encoder[f"encoderblock_{i}"])
-        theirs[f"FlaxBlock_{i}"] = block.pop("MlpBlock_0") | block
+    theirs = jax_contestants.for_flax(params, task.depth)
     other = jax_contestants.build("flax", {}, task)
     expected = jax.eval_shape(other.init, jax.random.key(0))
     assert jax.tree.map(np.shape, theirs) == jax.tree.map(np.shape, expected)
