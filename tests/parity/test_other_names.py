@@ -7,7 +7,7 @@ names of both, so that nothing depends on either.
 import numpy as np
 import pytest
 
-from tests.parity.test_interop import assert_close, images, ours, randomize, timm_model
+from tests.parity.networks import assert_close, images, ours, randomize, timm_model
 from vit_jax import trained
 from vit_jax.errors import UserError
 from vit_jax.interop.channels import adapt_first

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.parity.test_interop import SIZES, hf_model, images, ours, timm_model
+from tests.parity.networks import SIZES, assert_close, hf_model, images, ours, timm_model
 from tests.parity.test_preprocessing import photos
 from vit_jax import trained
 from vit_jax.data import resize, value_ranges
@@ -28,12 +28,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers, on import
 ]
 torch = pytest.importorskip("torch")
-
-
-def assert_close(found, expected):
-    expected = expected.detach().numpy()
-    assert found.shape == expected.shape
-    assert np.abs(found - expected).max() / np.abs(expected).max() < 1e-5
 
 
 def prepared(found, photo):
