@@ -18,6 +18,7 @@ from vit_jax.errors import UserError
 
 PACKAGES = (
     *("vit_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "torch", "timm", "transformers"),
+    *("onnxruntime", "openvino"),
 )
 
 

@@ -17,6 +17,8 @@ CONTESTANTS = (
     "timm",
     "timm, compiled",
     "Hugging Face",
+    "ONNX Runtime",
+    "OpenVINO",
 )
 BATCH_SIZES = {"cpu": [1, 16], "gpu": [1, 256], "tpu": [1, 256]}
 

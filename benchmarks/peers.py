@@ -6,6 +6,7 @@ normalised float32 arrays that are on the device before the clock starts.
 
 import importlib.util
 import shutil
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ class Contestant(NamedTuple):
 
     Attributes:
       name: as it stands in tables.
-      framework: whose module, `jax_contestants` or `torch_contestants`, has the builder.
+      framework: whose module, `jax_contestants`, `torch_contestants` or
+        `runtime_contestants`, has the builder.
       builder: what builds the network there.
       options: how it shall be built: fields of our `ViTConfig`, `as_trained` and
         `keep_barriers` (see `jax_contestants`), or `compiled` of torch.
@@ -48,6 +50,7 @@ KEEP_MEMORY = {
 REFERENCE = "timm"  # what ratios are against, where it is installed
 OURS = "vit_jax"
 _TIMM, _HUGGING_FACE = ("torch", "timm"), ("torch", "transformers")
+_ONNX_RUNTIME = (*_TIMM, "onnx", "onnxscript", "onnxruntime")
 _COMPILED = {"compiled": True}
 # What `python -m vit_jax.train` chooses where the configuration leaves it open.
 _TRAINING = {"scan": True, "remat": "dots"}
@@ -69,6 +72,11 @@ CONTESTANTS = {
         Contestant("timm, compiled", "torch", "timm", _COMPILED, needs=_TIMM),
         Contestant("timm, memory kept", "torch", "timm", {}, {}, KEEP_MEMORY, needs=_TIMM),
         Contestant("Hugging Face", "torch", "hugging_face", needs=_HUGGING_FACE),
+        # Not in bfloat16, in which ONNX Runtime has no matrix product on CPUs.
+        Contestant(
+            "ONNX Runtime", "runtime", "onnxruntime", dtypes=("float32",), needs=_ONNX_RUNTIME
+        ),
+        Contestant("OpenVINO", "runtime", "openvino", needs=(*_TIMM, "openvino")),
     )
 }
 # The yardstick: a large matrix product by each library that is here.
@@ -78,20 +86,30 @@ PRODUCTS = (
 )
 
 
+def missing(contestant: Contestant, backend: str) -> str | None:
+    """What it lacks here, packages or a device that it can use; None where it can run."""
+    if absent := [name for name in contestant.needs if not importlib.util.find_spec(name)]:
+        return f"{', '.join(absent)} not installed"
+    if contestant.environment and not (backend == "cpu" and shutil.which("ldd")):
+        return "it needs glibc and a CPU"  # the variables are glibc's, whose program is ldd
+    if contestant.framework == "runtime" and backend != "cpu":
+        return "it needs a CPU"
+    if contestant.framework == "torch":
+        if backend == "tpu":
+            return "it cannot use a TPU"
+        compiler = backend == "gpu" or shutil.which("g++") or shutil.which("clang++")
+        if contestant.options.get("compiled") and not compiler:
+            return "no C++ compiler"
+    return None
+
+
 def is_here(contestant: Contestant, backend: str) -> bool:
     """Whether its packages are installed and the device is one that it can use."""
-    if not all(map(importlib.util.find_spec, contestant.needs)):
-        return False
-    if contestant.environment and not (backend == "cpu" and shutil.which("ldd")):
-        return False  # the variables are glibc's, whose own program is ldd
-    if contestant.framework != "torch":
-        return True
-    compiler = backend == "gpu" or shutil.which("g++") or shutil.which("clang++")
-    return backend != "tpu" and bool(compiler or not contestant.options.get("compiled"))
+    return missing(contestant, backend) is None
 
 
 def choose(names: list[str] | None, default: tuple[str, ...], backend: str) -> list[Contestant]:
-    """Those named by a flag, or those of `default` that are here.
+    """Those named by a flag, or those of `default` that are here; prints who is left out.
 
     Raises:
       UserError: one of the names is not here.
@@ -103,4 +121,7 @@ def choose(names: list[str] | None, default: tuple[str, ...], backend: str) -> l
                 f"--contestants has {name!r}, which is not here: use some of "
                 f"{'; '.join(here)}, or install the [bench] extra"
             )
+    for name in () if names else default:
+        if lacks := missing(CONTESTANTS[name], backend):
+            print(f"note: {name} is left out: {lacks}", file=sys.stderr)
     return [CONTESTANTS[name] for name in names or default if name in here]

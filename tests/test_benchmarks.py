@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from absl import flags
 
-from benchmarks import jax_contestants, measure, options, peers, processes, report, scaling
+from benchmarks import (
+    exported,
+    jax_contestants,
+    measure,
+    options,
+    peers,
+    processes,
+    report,
+    runtime_contestants,
+    scaling,
+)
 from benchmarks.task import CLASSES, Task
 from vit_jax import config as configuration
 from vit_jax import experiment
@@ -96,6 +106,62 @@ def test_torch_runs(dtype, training):
     run()
     assert set(facts) == {"init"}
     assert torch_contestants.device_peak() is None
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("ONNX Runtime", "float32"), ("OpenVINO", "float32"), ("OpenVINO", "bfloat16")],
+)
+def test_runtimes_compute_what_torch_does(name, dtype, monkeypatch):
+    contestant = peers.CONTESTANTS[name]
+    if lacks := peers.missing(contestant, "cpu"):
+        pytest.skip(lacks)
+    assert dtype in contestant.dtypes
+    written = []
+
+    def keep(*args):
+        written.append(exported.export(*args))
+        return written[0]
+
+    monkeypatch.setattr(runtime_contestants, "export", keep)
+    task = TINY._replace(training=False, dtype=dtype)
+    try:
+        run, facts = runtime_contestants.prepare(contestant.builder, {}, task, 2)
+    except UserError as error:
+        if dtype == "float32" or "which has no bfloat16" not in str(error):
+            raise
+        pytest.skip(str(error))
+    assert set(facts) == {"init"}
+    # Later calls need neither the file nor memory that has been given back since.
+    assert not written[0][0].exists()
+    expected, shape = written[0][1], (task.batch_size, 3, *task.image_size)
+    reused = [np.full(shape, 1e3, np.float32) for _ in range(100)]
+    assert expected.shape == (TINY.batch_size, CLASSES)
+    # They depend on the image by more than what is tolerated.
+    assert np.ptp(expected, axis=0).max() > 0.1 * np.abs(expected).max()
+    runtime_contestants.check(run(), expected, dtype)
+    del reused
+
+
+@pytest.mark.parametrize(("dtype", "allowed", "refused"), [
+    ("float32", 1e-5, 3e-5),
+    ("bfloat16", 0.04, 0.06),
+])  # fmt: skip
+def test_logits_of_a_runtime_must_be_those_of_torch(dtype, allowed, refused):
+    expected = np.array([[1.0, -2.0], [0.5, 0.0]])
+    error = np.array([[0.0, 0.0], [2.0, 0.0]])
+    runtime_contestants.check(expected + allowed * error, expected, dtype)
+    for wrong in (expected + refused * error, np.full_like(expected, np.nan)):
+        with pytest.raises(UserError, match="differ from torch's"):
+            runtime_contestants.check(wrong, expected, dtype)
+
+
+def test_runtimes_are_for_inference_and_say_why_an_export_failed(tmp_path):
+    with pytest.raises(UserError, match="for inference only"):
+        runtime_contestants.prepare("openvino", {}, TINY, 2)
+    with pytest.raises(UserError, match="could not be exported as paper: KeyError"):
+        exported.export("paper", TINY, tmp_path)
 
 
 BUILT = [
@@ -381,3 +447,21 @@ def test_contestants_that_are_not_here():
     assert "timm" not in [found.name for found in peers.choose(None, ("timm",), "tpu")]
     kept = peers.CONTESTANTS["vit_jax, memory kept"]
     assert not peers.is_here(kept, "gpu")
+
+
+def test_who_is_left_out_is_said(capsys, monkeypatch):
+    names = (peers.OURS, "ONNX Runtime", "OpenVINO")
+    installed = lambda name: None if name in ("openvino", "onnxscript") else object()
+    monkeypatch.setattr(peers.importlib.util, "find_spec", installed)
+    assert [found.name for found in peers.choose(None, names, "cpu")] == [peers.OURS]
+    assert capsys.readouterr().err.splitlines() == [
+        "note: ONNX Runtime is left out: onnxscript not installed",
+        "note: OpenVINO is left out: openvino not installed",
+    ]
+    with pytest.raises(UserError, match=r"'OpenVINO', which is not here: .*\[bench\] extra"):
+        peers.choose(["OpenVINO"], names, "cpu")
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: object())
+    assert [found.name for found in peers.choose(None, names, "cpu")] == list(names)
+    assert capsys.readouterr().err == ""
+    assert [found.name for found in peers.choose(None, names, "gpu")] == [peers.OURS]
+    assert "note: OpenVINO is left out: it needs a CPU" in capsys.readouterr().err
