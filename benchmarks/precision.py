@@ -208,9 +208,7 @@ def curve_table(runs: list[dict[str, Any]]) -> str:
 def define_flags() -> None:
     flags.DEFINE_list("data", list(IMAGES), "Data sets to train on.")
     flags.DEFINE_string("fashion_dir", "/usr/share/datasets/fashion-mnist", "Its four files.")
-    flags.DEFINE_string(
-        "output", "benchmarks/results/precision.json", "The JSON file to write."
-    )
+    flags.DEFINE_string("output", "docs/precision.json", "The JSON file to write.")
 
 
 def main(positional: list[str]) -> None:

@@ -173,7 +173,7 @@ def define_flags() -> None:
         list(FORMULATIONS),
         "Ways to write the network; may be repeated.",
     )
-    flags.DEFINE_string("output", "benchmarks/results/tpu_step.json", "The JSON file to write.")
+    flags.DEFINE_string("output", "docs/planning/tpu_step.json", "The JSON file to write.")
 
 
 def check(models: list[str], topologies: list[str]) -> None:

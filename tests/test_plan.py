@@ -1,6 +1,7 @@
 """Plans: what is read off compiled programs, the estimates made of it, and the command."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -19,7 +20,7 @@ from tests.tiny_config import tiny
 from vit_jax import config as configuration
 from vit_jax import experiment, plan
 from vit_jax.errors import UserError
-from vit_jax.models import registry
+from vit_jax.models import registry, tpu_attention
 from vit_jax.models.flops import train_flops
 from vit_jax.planning import page, roofline
 from vit_jax.planning.chips import CHIPS, interconnect
@@ -273,6 +274,20 @@ def test_products_of_loops_branches_and_convolutions():
     traced = jax.jit(f).trace(jnp.ones((32, 16)), jnp.ones((16, 16)), jnp.ones((3, 3, 4, 6)))
     product, convolution = 2 * 32 * 16 * 16, 2 * (2 * 4 * 4 * 6) * (3 * 3 * 4)
     assert product_flops(traced.jaxpr.jaxpr) == 6 * product + convolution
+
+
+def test_products_written_for_one_device_and_for_one_block_count_as_often_as_they_run():
+    mesh = sharding.make_mesh()
+    split = PartitionSpec("data")
+    of_one = jax.shard_map(
+        jnp.matmul, mesh=mesh, in_specs=(split, PartitionSpec()), out_specs=split
+    )
+    x = jnp.ones((mesh.size, 16)), jnp.ones((16, 32))
+    assert product_flops(jax.jit(of_one).trace(*x).jaxpr.jaxpr) == 2 * mesh.size * 16 * 32
+
+    kernel = functools.partial(tpu_attention.forward, interpret=True)
+    traced = jax.jit(kernel).trace(*[jnp.ones((3, 20, 4, 8), jnp.bfloat16)] * 3)
+    assert product_flops(traced.jaxpr.jaxpr) == 2 * 2 * 3 * 4 * 20 * 20 * 8
 
 
 def test_both_gradients_of_a_strided_convolution_take_as_much_as_itself():

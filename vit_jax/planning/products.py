@@ -25,9 +25,22 @@ def product_flops(jaxpr: Jaxpr) -> int:
             total += _convolution(equation)
         else:
             inner = [product_flops(each) for each in _jaxprs(parameters)]
-            times = parameters["length"] if name == "scan" else 1
-            total += times * (max(inner, default=0) if name == "cond" else sum(inner))
+            total += _times(name, parameters) * (
+                max(inner, default=0) if name == "cond" else sum(inner)
+            )
     return total
+
+
+def _times(name: str, parameters: dict[str, Any]) -> int:
+    """How often the programs within an equation run, on all devices together."""
+    if name == "scan":
+        return int(parameters["length"])
+    if name == "pallas_call":
+        return math.prod(parameters["grid_mapping"].grid)
+    if name == "shard_map":  # written for one device
+        axes = parameters["newly_manual_axes"]
+        return math.prod(parameters["mesh"].shape[axis] for axis in axes)
+    return 1
 
 
 def _dot(equation: Any) -> int:
