@@ -107,7 +107,7 @@ def get_config() -> ConfigDict:
     model.gelu = "tanh"  # tanh | erf
     model.layer_norm_eps = 1e-6
     model.dtype = "float32"  # operands of matrix products: float32 | bfloat16
-    model.attention = "auto"  # auto | xla | cudnn (NVIDIA GPUs) | pallas (TPUs, never timed)
+    model.attention = "auto"  # auto | xla | cudnn (NVIDIA GPUs) | pallas, splash (TPUs)
     model.scan = placeholder(bool)  # one compiled block for all layers; None: where possible
     # Layers in one turn of that loop. None: 1, and on TPUs all of up to 24, which takes longer
     # to compile and moves less.

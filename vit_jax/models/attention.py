@@ -26,6 +26,7 @@ ATTENTION_KERNELS = (
     "xla",  # plain matrix products
     "cudnn",  # NVIDIA's fused kernel, or an error
     "pallas",  # our own fused kernel for TPUs and short sequences, or an error; never timed
+    "splash",  # JAX's fused kernel for TPUs and long sequences, or an error; never timed
 )
 
 SAVED = "attention"  # the name of the result, for policies of recomputation
@@ -60,15 +61,19 @@ def attend(
         y, weights = plain()
         return y.astype(stored(dtype)), weights
     # The other forms keep their weights to themselves: whoever asks has them computed plainly.
-    if form == "cudnn":
-        y = checkpoint_name(cudnn_attention(q, k, v, dtype).astype(stored(dtype)), SAVED)
+    if form in ("cudnn", "splash"):
+        kernel_of = {"cudnn": cudnn_attention, "splash": splash_attention}
+        y = checkpoint_name(kernel_of[form](q, k, v, dtype).astype(stored(dtype)), SAVED)
     else:
         y = _compact(q, k, v, bias, form)
     return y, lambda: plain()[1]()
 
 
 def _form(q: jax.Array, k: jax.Array, dtype: str, biased: bool, kernel: str) -> str:
-    """Which form computes it. `auto` takes no kernel that was never timed.
+    """Which form computes it.
+
+    No kernel for TPUs was ever timed here. `auto` takes one only where sequences are so long
+    that products send several times as many bytes to HBM and back.
 
     Raises:
       UserError: the kernel that is asked for by name cannot be had.
@@ -76,6 +81,7 @@ def _form(q: jax.Array, k: jax.Array, dtype: str, biased: bool, kernel: str) -> 
     refusals = {
         "cudnn": lambda: why_not_cudnn(q.shape[-1], dtype, biased),
         "pallas": lambda: _why_not_pallas(q, k, dtype),
+        "splash": lambda: _why_not_splash(q, k, dtype, biased),
     }
     if kernel in refusals:
         if (reason := refusals[kernel]()) is not None:
@@ -86,7 +92,10 @@ def _form(q: jax.Array, k: jax.Array, dtype: str, biased: bool, kernel: str) -> 
     if stored(dtype) == jnp.float32 or q.shape != k.shape:
         return "plain"
     # A bias has a gradient that is a sum over all examples.
-    return "parts" if devices.platform() == "tpu" and not biased else "whole"
+    if devices.platform() != "tpu" or biased:
+        return "whole"
+    fits = _bytes_of_scores(q.shape[1]) <= ON_CHIP
+    return "parts" if fits or kernel == "xla" or refusals["splash"]() else "splash"
 
 
 # --- Plain products, differentiated automatically -----------------------------------------
@@ -175,38 +184,62 @@ def _gradients(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return _backward(*arrays)[:3]
 
 
-def part_size(examples: int, bytes_each: int) -> int:
-    """How many examples a part has: the most that divide the batch and stay on the chip.
+def part_size(examples: int, heads: int, bytes_each: int) -> tuple[int, int]:
+    """How many examples and heads a part has, whose scores take `bytes_each` a head.
 
-    All of them where not even one would stay.
+    The most examples that divide the batch and stay on the chip, or else the most heads of one.
+    Where not even one head would stay, all of them.
     """
-    fitting = [
-        n for n in range(1, examples + 1) if examples % n == 0 and n * bytes_each <= ON_CHIP
-    ]
-    return max(fitting, default=examples)
+    most = lambda count, size: max(
+        (n for n in range(1, count + 1) if count % n == 0 and n * size <= ON_CHIP), default=0
+    )
+    if several := most(examples, heads * bytes_each):
+        return several, heads
+    if some := most(heads, bytes_each):
+        return 1, some
+    return examples, heads
+
+
+def _bytes_of_scores(tokens: int) -> int:
+    """Of one head, float32, as a TPU stores them: rows of a multiple of 128 numbers."""
+    return 4 * tokens * -(-tokens // 128) * 128
 
 
 def _by_parts(function: Callable[..., Any], *arrays: jax.Array) -> Any:
-    """`function(*arrays)` for some examples at a time, each part into its place.
+    """`function(*arrays)` for some examples and heads at a time, each part into its place.
 
     Args:
-      function: to a tuple of arrays, examples first.
+      function: to a tuple of arrays, (B, T, k, d) or (B, k, T) as the arguments are.
       arrays: the first is (B, T, k, d) and tells how large scores are.
     """
     count, tokens, heads, _ = arrays[0].shape
-    row = -(-tokens // 128) * 128  # as a TPU stores it
-    size = part_size(count, 4 * heads * tokens * row)
-    if size == count:
+    n, h = part_size(count, heads, _bytes_of_scores(tokens))
+    if (n, h) == (count, heads):
         return function(*arrays)
 
+    def of_part(shape: tuple[int, ...]) -> tuple[int, ...]:
+        axis = _head_axis(shape)
+        return (n, *shape[1:axis], h, *shape[axis + 1 :])
+
+    def start(i: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        """Of part `i`: heads innermost."""
+        at: list[Any] = [0] * len(shape)
+        at[0], at[_head_axis(shape)] = i // (heads // h) * n, i % (heads // h) * h
+        return tuple(at)
+
     def body(i: jax.Array, out: Any) -> Any:
-        part = (lax.dynamic_slice_in_dim(x, i * size, size) for x in arrays)
-        put = lambda whole, x: lax.dynamic_update_slice_in_dim(whole, x, i * size, 0)
+        part = (lax.dynamic_slice(x, start(i, x.shape), of_part(x.shape)) for x in arrays)
+        put = lambda whole, x: lax.dynamic_update_slice(whole, x, start(i, whole.shape))
         return jax.tree.map(put, out, function(*part))
 
-    shapes = jax.eval_shape(function, *(x[:size] for x in arrays))
-    empty = lambda x: lax.empty((count, *x.shape[1:]), x.dtype)  # zeros would be written first
-    return lax.fori_loop(0, count // size, body, jax.tree.map(empty, shapes))
+    shapes = jax.eval_shape(function, *arrays)
+    empty = lambda x: lax.empty(x.shape, x.dtype)  # zeros would be written first
+    return lax.fori_loop(0, count // n * (heads // h), body, jax.tree.map(empty, shapes))
+
+
+def _head_axis(shape: tuple[int, ...]) -> int:
+    """Of (B, T, k, d) or (B, k, T)."""
+    return 2 if len(shape) == 4 else 1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -288,6 +321,57 @@ def _why_not_pallas(q: jax.Array, k: jax.Array, dtype: str) -> str | None:
     from vit_jax.models import tpu_attention  # Pallas takes long to import
 
     return tpu_attention.why_not(q.shape[1], q.shape[3], dtype)
+
+
+def _why_not_splash(q: jax.Array, k: jax.Array, dtype: str, biased: bool) -> str | None:
+    """A reason why JAX's kernel for TPUs cannot be used here, or None if it can."""
+    if devices.platform() != "tpu":
+        return f"this is no TPU but {devices.platform()}"
+    if q.shape != k.shape:
+        return "queries and keys are not the same tokens"
+    if dtype != "bfloat16":
+        return f"model.dtype is {dtype!r}, not 'bfloat16'"
+    return "model.relative adds a bias to the scores" if biased else None
+
+
+def splash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, dtype: str, interpret: bool = False
+) -> jax.Array:
+    """`attend` in the kernel `jax.experimental.pallas.ops.tpu.splash_attention`.
+
+    It takes blocks of 128 tokens only: the last one is filled up, and what fills it is a
+    sequence of its own that others do not see. With `interpret` it runs on any device.
+    """
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as splash,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    tokens, blocks = q.shape[1], -(-q.shape[1] // 128)
+    length = 128 * blocks
+    block = 128 * max(n for n in (1, 2, 3, 4) if blocks % n == 0)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+
+    def on_one(*qkv: jax.Array) -> tuple[jax.Array]:
+        more = ((0, 0), (0, 0), (0, length - tokens), (0, 0))
+        ids = jnp.asarray(jnp.arange(length) >= tokens, jnp.int32)
+        all_see_all = masks.MultiHeadMask([masks.FullMask((length, length))] * qkv[0].shape[2])
+        kernel = splash.make_splash_mha(
+            all_see_all, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+        padded = (jnp.pad(x.swapaxes(1, 2), more) for x in qkv)
+        y = jax.vmap(kernel, (0, 0, 0, None))(*padded, splash.SegmentIds(ids, ids))
+        return (y[:, :, :tokens].swapaxes(1, 2),)
+
+    q, k, v = (x.astype(dtype) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return devices.on_each_device(on_one, [(x, TOKENS) for x in (q, k, v)], [TOKENS])[0]
 
 
 def why_not_cudnn(head_width: int, dtype: str, has_bias: bool) -> str | None:
