@@ -75,7 +75,9 @@ def get_config() -> ConfigDict:
 
     config.mesh = mesh = ConfigDict()  # devices along each axis; see training/sharding.py
     mesh.data = -1  # examples are divided; -1: over all devices that remain
-    mesh.fsdp = 1  # examples are divided, and the weights, too: for models that do not fit
+    # Examples are divided, and the weights, too. None: over up to 16 TPUs, if data is -1;
+    # not at all elsewhere.
+    mesh.fsdp = placeholder(int)
     mesh.tensor = 1  # each layer is divided: for models that do not fit even so
 
     config.model = model = ConfigDict()

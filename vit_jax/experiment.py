@@ -296,7 +296,12 @@ def build_learning(
         abstract_state=state,
         shardings=where,
         init=jax.jit(init, out_shardings=where),
-        train_step=jax.jit(seeing(step), donate_argnums=0, out_shardings=(where, everywhere)),
+        train_step=jax.jit(
+            seeing(step),
+            donate_argnums=0,
+            out_shardings=(where, everywhere),
+            compiler_options=sharding.compiler_options(mesh),
+        ),
         eval_step=jax.jit(seeing(eval_step), out_shardings=everywhere),
     )
 

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -169,6 +170,29 @@ def test_a_mesh_is_filled_up_or_refused():
     for sizes in [(3, 1, 1), (-1, 3, 1), (-1, -1, 1), (0, 1, 1), (2, 2, 1), (-2, 1, 1)]:
         with pytest.raises(UserError, match=f"data={sizes[0]}, fsdp={sizes[1]}"):
             sharding.fill(sizes, 8)
+
+
+@pytest.mark.parametrize(
+    ("platform", "count", "sizes", "expected"),
+    [
+        ("tpu", 16, (-1, None, 1), 16),
+        ("tpu", 256, (-1, None, 1), 16),
+        ("tpu", 8, (-1, None, 2), 4),
+        ("tpu", 24, (-1, None, 1), 8),
+        ("tpu", 16, (4, None, 4), 1),  # who says how many copies says it all
+        ("cpu", 16, (-1, None, 1), 1),
+        ("gpu", 8, (-1, None, 1), 1),
+    ],
+)
+def test_weights_are_divided_over_tpus_unless_told_otherwise(platform, count, sizes, expected):
+    devices = [SimpleNamespace(platform=platform)] * count
+    assert sharding._width(sizes, devices) == expected
+
+
+def test_options_of_the_compiler_are_for_tpus_only():
+    assert sharding.compiler_options(mesh_of(2)) == {}
+    tpus = SimpleNamespace(devices=np.array([SimpleNamespace(platform="tpu")]))
+    assert all(size > 100_000 for size in sharding.compiler_options(tpus).values())
 
 
 def test_tensor_devices_share_their_examples():
