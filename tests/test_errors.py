@@ -48,6 +48,8 @@ def test_the_words_of_tensorstore_are_understood():
     assert not cli._is_news(record)
     record.exc_info = (ValueError, ValueError("other"), None)
     assert cli._is_news(record)
+    record.msg = "Task exception was never retrieved\nfuture: <Task finished>"  # of asyncio
+    assert not cli._is_news(record)
 
 
 def test_errors_of_open_files_get_their_name(tmp_path):
