@@ -204,8 +204,8 @@ def assert_same(workdir: Path, reference: Path) -> None:
             assert same, f"{key} of {name}/{found.name} is another"
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def one_line(error: BaseException) -> str:
+    return " | ".join(str(error).splitlines())[:1000] or type(error).__name__
 
 
 def is_one_sentence(said: str) -> bool:

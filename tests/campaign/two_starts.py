@@ -76,7 +76,7 @@ def trial(room: Path, number: int, seed: int) -> Outcome:
         started += runs.start(room, workdir, *flags(second))
         return Outcome(what, check_two(room, workdir, started, [first, second]), 2)
     except (AssertionError, subprocess.TimeoutExpired) as error:
-        return Outcome(what, f"wrong: {runs.first_line(error)}", 2)
+        return Outcome(what, f"wrong: {runs.one_line(error)}", 2)
     finally:
         runs.kill(started, signal.SIGKILL)
         shutil.rmtree(workdir, ignore_errors=True)
