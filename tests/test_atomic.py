@@ -44,6 +44,19 @@ def test_what_was_there_is_replaced_as_a_whole_or_stays(tmp_path, folder):
     assert [p.name for p in tmp_path.iterdir()] == ["thing"]
 
 
+def test_a_folder_is_not_lost_to_a_file(tmp_path):
+    (tmp_path / "thing").mkdir()
+    (tmp_path / "thing" / "kept").touch()
+    with (
+        pytest.raises(
+            UserError, match=r"cannot write .*thing: a folder is there: move it away"
+        ),
+        replacing(tmp_path / "thing") as part,
+    ):
+        part.touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["thing", "kept"]
+
+
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with (

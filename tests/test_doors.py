@@ -12,6 +12,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from tests.campaign import runs
 from tests.tiny_config import tiny
 from vit_jax import train as trainer
 from vit_jax.training.logging import read_metrics
@@ -20,9 +21,9 @@ ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_config.py"
 
 
-def run(door, *arguments):
+def run(door, *arguments, before=()):
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", f"vit_jax.{door}", *map(str, arguments)]
+    command = [*before, sys.executable, "-m", f"vit_jax.{door}", *map(str, arguments)]
     return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -69,6 +70,24 @@ def test_evaluate_needs_only_the_work_directory_and_agrees_with_training(workdir
     assert saved["accuracy"] == accuracy
     assert saved["loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
     assert (saved["step"], saved["data"], saved["split"]) == (24, "digits", "test")
+
+
+def test_evaluate_what_may_only_be_read_says_so_and_writes_nothing(workdir, tmp_path):
+    own = shutil.copytree(workdir, tmp_path / "run")
+    (own / "evaluations.jsonl").unlink(missing_ok=True)
+    before = runs.may_only_read(own)
+    if before is None:
+        pytest.skip("there is no `setpriv` to give up the rights of root")
+    times = {path: path.stat().st_mtime_ns for path in (own, *own.rglob("*"))}
+    result = run("evaluate", f"--workdir={own}", before=before)
+    found = {path: path.stat().st_mtime_ns for path in (own, *own.rglob("*"))}
+    runs.may_write(own)  # so that pytest can remove it
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("accuracy ")
+    assert result.stderr == (
+        f"note: {own}/evaluations.jsonl cannot be written (Permission denied)\n"
+    )
+    assert found == times
 
 
 def test_evaluate_another_split_checkpoint_and_batch_size(workdir):

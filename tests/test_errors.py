@@ -8,6 +8,7 @@ import pytest
 
 from vit_jax import cli
 from vit_jax.errors import about, of_system
+from vit_jax.training import stored
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,18 @@ def test_the_words_of_tensorstore_are_understood():
     assert not cli._is_news(record)
     record.exc_info = (ValueError, ValueError("other"), None)
     assert cli._is_news(record)
+    record.msg = "Task exception was never retrieved\nfuture: <Task finished>"  # of asyncio
+    assert not cli._is_news(record)
+
+
+def test_what_orbax_logs_and_then_raises_is_not_said_twice():
+    def passes(level, text, path="site-packages/orbax/checkpoint/x.py"):
+        return stored._not_raised_too(logging.LogRecord("absl", level, path, 1, text, (), None))
+
+    assert not passes(logging.ERROR, "saving failed")
+    assert not passes(logging.WARNING, "Metadata file does not exist: %s")
+    assert passes(logging.WARNING, "something else")
+    assert passes(logging.ERROR, "saving failed", "vit_jax/x.py")
 
 
 def test_errors_of_open_files_get_their_name(tmp_path):

@@ -1,9 +1,11 @@
 import fcntl
+import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -48,6 +50,18 @@ def test_the_lock_of_a_killed_process_is_nobodys(tmp_path):
         pass
 
 
+def test_who_has_just_taken_the_lock_is_named_when_it_has_written_its_name(tmp_path):
+    path = tmp_path / "run.lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        name = {"host": "here", "process": 7, "began": "now"}
+        later = threading.Timer(0.3, lambda: (file.write(json.dumps(name)), file.flush()))
+        later.start()
+        with pytest.raises(UserError, match="process 7 on here"), lock.alone_in(tmp_path):
+            pass
+        later.join()
+
+
 def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "run.lock")
     begin = time.monotonic()
@@ -62,6 +76,21 @@ def test_a_removed_work_directory_is_noticed(tmp_path):
         shutil.rmtree(tmp_path / "run")
         with pytest.raises(UserError, match="was removed or replaced under the run"):
             directory.check()
+
+
+def test_what_fails_in_a_removed_work_directory_is_its_removal(tmp_path):
+    workdir = tmp_path / "run"
+
+    def fail(remove):
+        with lock.alone_in(workdir):
+            if remove:
+                shutil.rmtree(workdir)
+            raise ValueError("a library misses its folder")
+
+    with pytest.raises(ValueError, match="a library"):
+        fail(remove=False)
+    with pytest.raises(UserError, match="was removed or replaced"):
+        fail(remove=True)
 
 
 def test_a_file_system_without_locks_is_a_note(tmp_path, monkeypatch, capsys):

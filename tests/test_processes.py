@@ -35,25 +35,31 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def start(workdir, count, *flags, devices=1, of=None, door="train"):
-    """The processes of one run; with `of`, only so many of them are started."""
+def as_started(devices=1):
+    """How each process is started."""
     environment = dict(
         os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}"
     )
-    command = [sys.executable, "-m", f"vit_jax.{door}", f"--workdir={workdir}", *flags]
+    pipe = subprocess.PIPE
+    return {"cwd": ROOT, "env": environment, "text": True, "stdout": pipe, "stderr": pipe}
+
+
+def start(workdir, count, *flags, devices=1, of=None, door="train", code=None):
+    """Starts the first `count` processes of a run, of `of` if that are more.
+
+    With `code`, they run that instead of the command `door`.
+    """
+    program = ["-c", code] if code else ["-m", f"vit_jax.{door}"]
+    command = [sys.executable, *program]
     if door == "train":
-        command[3:3] = [f"--config={TINY}", *SHORT]
+        command += [f"--config={TINY}", *SHORT]
+    command += [f"--workdir={workdir}", *flags]
     if (of or count) > 1:
         command += [f"--coordinator=localhost:{free_port()}", f"--num_processes={of or count}"]
     started = []
     for i in range(count):
         own = [f"--process_id={i}"] if (of or count) > 1 else []
-        started.append(
-            subprocess.Popen(
-                [*command, *own], cwd=ROOT, env=environment, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-        )  # fmt: skip
+        started.append(subprocess.Popen([*command, *own], **as_started(devices)))
     return started
 
 
@@ -206,6 +212,41 @@ def test_a_mistake_of_all_is_one_sentence_each(tmp_path):
         assert f"error: process {i}: config.mesh is data=-1, fsdp=3" in error or (
             f"process {1 - i} on " in error
         )
+
+
+def test_two_processes_with_one_number_are_told_and_so_is_who_waits(tmp_path):
+    """Two are number 0: one has the port, the other waits in vain for number 1."""
+    started = start(tmp_path, 1, "--process_timeout=15", of=2)
+    started.append(subprocess.Popen(started[0].args, **as_started()))
+    for code, _, error in (ended := finish(started, timeout=90)):
+        assert code == 1, ended
+        [line] = [line for line in error.splitlines() if line.startswith("error: ")]
+        assert "Traceback" not in error
+        assert "another process has --process_id=0 too" in line or "waited 15 s for all" in line
+    assert sum("another process has --process_id=0" in error for _, _, error in ended) == 1
+
+
+@pytest.mark.slow
+def test_one_that_is_stopped_ends_the_others(tmp_path):
+    """As a process does that is frozen, or has no network: the connection stays, silent."""
+    code = (
+        "import sys; from vit_jax import cli, processes, train\n"
+        "processes._SILENCE, processes._BEAT = 6.0, 1.0\n"
+        "cli.run(train.main, train.define_all_flags)"
+    )
+    started = start(tmp_path, 2, "--config.total_steps=100000", code=code)
+    wait_for_step(tmp_path, 2, started)
+    started[1].send_signal(signal.SIGSTOP)
+    try:
+        _, error = started[0].communicate(timeout=BOUND)
+    finally:
+        for process in started:
+            process.kill()
+        started[1].communicate()
+    assert started[0].returncode == 1, error
+    assert error.splitlines()[-1].startswith("error: process 1 on ")
+    assert "has said nothing for 6 s: it was stopped" in error
+    assert "Traceback" not in error
 
 
 def test_flags_that_make_no_sense(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -131,6 +132,27 @@ def test_the_door_says_in_one_sentence_that_there_is_nothing_to_try(tmp_path):
     [line] = result.stderr.strip().splitlines()
     assert line.startswith("error: config.sweep has no values to try: set e.g. --config.sweep")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_with_damaged_states_only_begins_anew_where_that_is_asked_for(finished, tmp_path):
+    workdir = shutil.copytree(finished[0], tmp_path / "sweep")
+    path = workdir / "sweep.json"
+    record = json.loads(path.read_text())
+    del record["runs"]["lr_0.01"]  # as if it had not come to its end
+    path.write_text(json.dumps(record))
+    for card in workdir.glob("lr_0.01/checkpoints/*/card/metadata"):
+        card.write_text("{")
+    intact = (workdir / "lr_1e-05" / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"lr_0\.01 is intact.*passing --begin_anew"):
+        sweep.sweep(grid(), workdir)
+    again = sweep.sweep(grid(), workdir, begin_anew=True)
+    assert again["runs"] == finished[1]["runs"]
+    assert (workdir / "lr_1e-05" / "metrics.jsonl").read_bytes() == intact
+
+
+def test_the_door_has_the_remedies_of_training(finished, tmp_path):
+    result = door(tmp_path, finished[0], "--begin_anew")  # where nothing is damaged
+    assert result.returncode == 0, result.stderr
 
 
 # --- With runs that are only played -------------------------------------------------------

@@ -1,6 +1,7 @@
 """Files and folders that are either complete or not there."""
 
 import contextlib
+import errno
 import os
 import shutil
 import tempfile
@@ -28,7 +29,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         part = room / path.name
         yield part
-        if path.is_dir():  # which the system replaces only when it is empty
+        if path.is_dir():  # which the system replaces only by one, when it is empty
+            if not part.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a folder is there: move it away")
             os.replace(path, room / f"{path.name}.before")
         os.replace(part, path)
     except OSError as error:

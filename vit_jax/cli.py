@@ -126,7 +126,13 @@ def _say_once() -> None:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of a log is something else than the traceback of what `run` says."""
+    """Whether a line of a log is something else than the traceback of what `run` says.
+
+    When one write of a checkpoint has failed and that is raised, asyncio tells of the others,
+    for which nobody asks any more.
+    """
+    if "exception was never retrieved" in record.getMessage():
+        return False
     error = record.exc_info[1] if record.exc_info else None
     return error is None or of_system(error) is None
 

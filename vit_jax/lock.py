@@ -27,6 +27,7 @@ from typing import Any
 
 from vit_jax.errors import UserError, about
 
+_TO_SAY_WHO = 1.0  # seconds that a process which has just taken a lock gets to write its name
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
@@ -117,11 +118,15 @@ def _myself() -> dict[str, Any]:
 
 
 def _holder(file: int) -> str:
-    try:
-        who = json.loads(os.pread(file, 4096, 0))
-        return f"process {who['process']} on {who['host']}, begun {who['began']}"
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return "another process"  # which has not written yet who it is
+    end = time.monotonic() + _TO_SAY_WHO
+    while True:
+        try:
+            who = json.loads(os.pread(file, 4096, 0))
+            return f"process {who['process']} on {who['host']}, begun {who['began']}"
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            if time.monotonic() > end:
+                return "another process"
+        time.sleep(0.02)  # it has the lock, and has not written yet who it is
 
 
 def _is_at(file: int, path: Path) -> bool:
@@ -142,23 +147,28 @@ class WorkDirectory:
     def __init__(self, path: Path, held: Held | None) -> None:
         self.path, self._held = path, held
 
-    def check(self) -> None:
-        """Raises UserError if it was removed or replaced since: nothing can be saved in it."""
+    def check(self, because: Exception | None = None) -> None:
+        """Raises UserError if it was removed or replaced since: nothing can be saved in it.
+
+        Args:
+          because: what has failed, perhaps for that reason.
+        """
         if self._held and not self._held.still_there():
             raise UserError(
                 f"the work directory {self.path} was removed or replaced under the run, with "
                 "what it had saved: restore it, or begin anew with another --workdir"
-            )
+            ) from because
 
 
 @contextlib.contextmanager
 def alone_in(workdir: Path, first: bool = True) -> Iterator[WorkDirectory]:
     """Keeps other runs out of `workdir`, which is made if it is not there.
 
-    Of several processes of a run only the `first` takes the lock.
+    Of several processes of a run only the `first` takes the lock. Where the folder was removed
+    under the run, that is raised in place of whatever failed because of it.
 
     Raises:
-      UserError: another run is there, or the folder cannot be made.
+      UserError: another run is there, or the folder cannot be made, or was removed.
       OSError: the file of the lock cannot be made.
     """
     try:
@@ -178,4 +188,9 @@ def alone_in(workdir: Path, first: bool = True) -> Iterator[WorkDirectory]:
                 f"another run is in {workdir} ({taken.holder}): wait for its end or stop it, "
                 "or choose another --workdir"
             ) from None
-        yield WorkDirectory(workdir, held)
+        directory = WorkDirectory(workdir, held)
+        try:
+            yield directory
+        except Exception as error:
+            directory.check(error)
+            raise

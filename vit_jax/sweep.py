@@ -280,8 +280,16 @@ def sweep(
     workdir: Path,
     overridden: Collection[str] = (),
     said: Stated = stated.NOTHING,
+    begin_anew: bool = False,
 ) -> dict[str, Any] | None:
-    """Runs all that is not done yet; `said` is about the weights of `config.init_from`.
+    """Runs all that is not done yet.
+
+    Args:
+      config: stays as it is.
+      workdir: what is there is continued.
+      overridden: dotted names of the fields set on the command line.
+      said: about the weights of `config.init_from`.
+      begin_anew: start a run at step 0 where every state that it had is damaged.
 
     Returns:
       What `sweep.json` holds at the end, or None when stopped by a signal.
@@ -291,6 +299,9 @@ def sweep(
     """
     grid = settings(config, overridden)
     check_splits(config)
+    how: dict[str, Any] = {"said": said} if said != stated.NOTHING else {}
+    if begin_anew:
+        how["begin_anew"] = True
     with alone_in(workdir), StopSignal() as stop:
         record = read_record(config, workdir)
         write_record(record, workdir)
@@ -298,7 +309,7 @@ def sweep(
             if setting.name in record["runs"]:
                 continue
             print(f"\nrun {number} of {len(grid)}: {setting.name}", flush=True)
-            outcome = try_setting(config, setting, workdir, overridden, stop, said)
+            outcome = try_setting(config, setting, workdir, overridden, stop, how)
             if stop.requested:
                 return None
             record["runs"][setting.name] = {"lr": setting.lr, "steps": setting.steps} | outcome
@@ -313,21 +324,8 @@ def sweep(
         print(f"\n{name} on {config.data.eval_split}:\n{table(runs, chosen)}", flush=True)
         if config.sweep.train_split:
             setting = next(setting for setting in grid if setting.name == chosen)
-            train_final(config, setting, record, workdir, overridden, stop, said)
+            train_final(config, setting, record, workdir, overridden, stop, how)
     return None if stop.requested else record
-
-
-def train(
-    config: ConfigDict,
-    workdir: Path,
-    overridden: Collection[str],
-    stop: StopSignal,
-    said: Stated,
-) -> dict[str, Any]:
-    """One run of `vit_jax.train`, told about its weights where there is anything to tell."""
-    if said == stated.NOTHING:
-        return trainer.train(config, workdir, overridden, stop)
-    return trainer.train(config, workdir, overridden, stop, said=said)
 
 
 def try_setting(
@@ -336,12 +334,12 @@ def try_setting(
     workdir: Path,
     overridden: Collection[str],
     stop: StopSignal,
-    said: Stated,
+    how: dict[str, Any],
 ) -> dict[str, Any]:
     """Trains one point of the grid: its `metrics`, or why it `failed`."""
     try:
         run = setting.apply(config)
-        return {"metrics": train(run, workdir / setting.name, overridden, stop, said)}
+        return {"metrics": trainer.train(run, workdir / setting.name, overridden, stop, **how)}
     except Diverged as error:
         print(f"{setting.name} failed: {error}")
         return {"failed": str(error)}
@@ -354,7 +352,7 @@ def train_final(
     workdir: Path,
     overridden: Collection[str],
     stop: StopSignal,
-    said: Stated,
+    how: dict[str, Any],
 ) -> None:
     """Trains with the chosen values on all data, and puts the test result on record.
 
@@ -378,7 +376,7 @@ def train_final(
     write_record(record, workdir)
     print(f"\nfinal run: {setting.name} on {train_split}", flush=True)
     config = final_config(config, setting)
-    metrics = train(config, workdir / "final", overridden, stop, said)
+    metrics = trainer.train(config, workdir / "final", overridden, stop, **how)
     if metrics:
         record["final"] = plan | {"metrics": metrics}
         write_record(record, workdir)
@@ -395,7 +393,8 @@ def define_flags() -> None:
 def main(positional: list[str]) -> None:
     cli.no_positional(positional)
     config, workdir, overridden = trainer.from_flags()
-    record = sweep(config, workdir, overridden, stated.from_flags())
+    begin_anew = flags.FLAGS.begin_anew
+    record = sweep(config, workdir, overridden, stated.from_flags(), begin_anew)
     if record is None:
         print(f"the sweep is stopped: run the same command to continue it in {workdir}")
         return

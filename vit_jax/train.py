@@ -564,15 +564,15 @@ def divided(run: Run) -> str:
 def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Configuration: FILE.py[:ARGUMENT].")
     flags.DEFINE_string("workdir", None, "Where results go; what is there is continued.")
+    flags.DEFINE_bool(
+        "begin_anew", False, "Start at step 0 where every state that there was is damaged."
+    )
     stated.define_flags()  # about the weights of config.init_from
     flags.adopt_module_key_flags(stated)
 
 
 def define_all_flags() -> None:
     define_flags()
-    flags.DEFINE_bool(
-        "begin_anew", False, "Start at step 0 where every state that there was is damaged."
-    )
     processes.define_flags()
     flags.adopt_module_key_flags(processes)  # so that --help shows them
 

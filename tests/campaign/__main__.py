@@ -14,33 +14,48 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests.campaign import bit_flips, kills
+from tests.campaign import bit_flips, file_systems, flatness, kills, two_starts
+from tests.campaign.runs import Outcome
 
-Outcome = tuple[str, str]  # what was done, and what came of it
-# A member makes `trials` trials in a folder of its own. Another one is added here.
-Member = Callable[[Path, int, int], list[Outcome]]
+
+class Member(NamedTuple):
+    """A kind of trials. Another one is added to `MEMBERS`.
+
+    Attributes:
+      run: makes so many trials, in a folder of its own, from a seed.
+      trials: how many it makes before the next member has its turn.
+      told: what the table says of their kills or starts, if it counts them.
+    """
+
+    run: Callable[[Path, int, int], list[Outcome]]
+    trials: int
+    told: str = ""
 
 
 def flips(room: Path, trials: int, seed: int) -> list[Outcome]:
     with tempfile.TemporaryDirectory(dir=room) as own:
         done = bit_flips.run(Path(own), trials, seed, ("flip",))
-    return [(f"{trial.file}: {trial.damage}", trial.outcome) for trial in done]
+    return [Outcome(f"{trial.file}: {trial.damage}", trial.outcome) for trial in done]
 
 
 def other_damage(room: Path, trials: int, seed: int) -> list[Outcome]:
     kinds = ("zero", "scramble", "truncate", "remove")
     with tempfile.TemporaryDirectory(dir=room) as own:
         done = bit_flips.run(Path(own), trials, seed, kinds)
-    return [(f"{trial.file}: {trial.damage}", trial.outcome) for trial in done]
+    return [Outcome(f"{trial.file}: {trial.damage}", trial.outcome) for trial in done]
 
 
-MEMBERS: dict[str, tuple[Member, int]] = {  # and how many trials a turn
-    "flipped bits": (flips, 50),
-    "zeroed, random, cut and missing": (other_damage, 48),
-    "kills": (kills.run, 2),
+MEMBERS = {
+    "flipped bits": Member(flips, 50),
+    "zeroed, random, cut and missing": Member(other_damage, 48),
+    "kills": Member(kills.run, 6, ", runs killed {} times in all"),
+    "two starts": Member(two_starts.run, 6, ", {} starts in all"),
+    "file systems": Member(file_systems.run, len(file_systems.FAULTS)),
+    "flatness": Member(flatness.run, 1),
 }
 
 
@@ -48,11 +63,11 @@ def turns(room: Path, seed: int, only: str) -> Iterator[tuple[str, list[Outcome]
     """The members take turns, for ever, each turn with a seed of its own."""
     turn = 0
     while True:
-        for name, (member, trials) in MEMBERS.items():
+        for name, member in MEMBERS.items():
             if only in name:
                 own = room / name.replace(" ", "_").replace(",", "")
                 own.mkdir(exist_ok=True)
-                yield name, member(own, trials, 1000 * seed + turn)
+                yield name, member.run(own, member.trials, 1000 * seed + turn)
         turn += 1
 
 
@@ -60,10 +75,11 @@ def table(done: dict[str, list[Outcome]]) -> str:
     """How often each outcome came of the trials of each member, as Markdown."""
     lines = ["| trials of | made | outcomes | wrong |", "|---|---:|---|---:|"]
     for name, outcomes in done.items():
-        counts = collections.Counter(outcome.partition(":")[0] for _, outcome in outcomes)
+        counts = collections.Counter(outcome.came.partition(":")[0] for outcome in outcomes)
         wrong = counts.pop("wrong", 0)
         told = ", ".join(f"{outcome} {count}" for outcome, count in sorted(counts.items()))
-        lines.append(f"| {name} | {len(outcomes)} | {told} | {wrong} |")
+        events = MEMBERS[name].told.format(sum(outcome.events for outcome in outcomes))
+        lines.append(f"| {name}{events} | {len(outcomes)} | {told} | {wrong} |")
     return "\n".join(lines)
 
 
@@ -76,11 +92,12 @@ def main() -> None:
     given = parser.parse_args()
     end, done = time.monotonic() + 3600 * given.hours, collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as room:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", f"{room}/compiled")  # for them all
         for name, outcomes in turns(Path(room), given.seed, given.only):
             done[name] += outcomes
-            for what, outcome in outcomes:
-                if outcome.startswith("wrong"):
-                    print(f"{name}: {what}: {outcome}", flush=True)
+            for outcome in outcomes:
+                if outcome.came.startswith(("wrong", "skipped")):
+                    print(f"{name}: {outcome.what}: {outcome.came}", flush=True)
             if time.monotonic() > end:
                 break
     command = f"python -m tests.campaign --hours={given.hours:g} --seed={given.seed}"
@@ -89,7 +106,7 @@ def main() -> None:
     print(report)
     if given.output:
         given.output.write_text(report)
-    if any(outcome.startswith("wrong") for all_of in done.values() for _, outcome in all_of):
+    if any(outcome.came.startswith("wrong") for each in done.values() for outcome in each):
         raise SystemExit(1)
 
 

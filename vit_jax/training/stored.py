@@ -29,8 +29,12 @@ Card = dict[str, Any]
 
 
 def _not_raised_too(record: logging.LogRecord) -> bool:
-    """Keeps to itself what Orbax logs, with a traceback, and then raises in our thread."""
-    return record.levelno < logging.ERROR or "orbax" not in record.pathname
+    """Keeps to itself what Orbax logs, with a traceback, and then raises in our thread.
+
+    So it is with the warning that a file is missing, where the folder was removed meanwhile.
+    """
+    missing = "Metadata file does not exist" in str(record.msg)
+    return (record.levelno < logging.ERROR and not missing) or "orbax" not in record.pathname
 
 
 logging.getLogger("absl").addFilter(_not_raised_too)
