@@ -17,7 +17,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests.campaign import bit_flips, kills
+from tests.campaign import bit_flips, inputs, kills, servers
 
 Outcome = tuple[str, str]  # what was done, and what came of it
 # A member makes `trials` trials in a folder of its own. Another one is added here.
@@ -41,6 +41,8 @@ MEMBERS: dict[str, tuple[Member, int]] = {  # and how many trials a turn
     "flipped bits": (flips, 50),
     "zeroed, random, cut and missing": (other_damage, 48),
     "kills": (kills.run, 2),
+    "hostile inputs": (inputs.run, 1000),
+    "hostile servers": (servers.run, 100),
 }
 
 
