@@ -339,6 +339,7 @@ def test_help_names_every_flag():
     [
         (lambda info: info.pop("class_names"), "no packed data set"),
         (lambda info: info.update(splits=[1]), "no packed data set"),
+        (lambda info: info.update(class_names=["a"] * 10), "no packed data set"),
         (lambda info: info["splits"]["train"].update(shards={}), "no packed data set"),
         (lambda info: info["splits"]["train"].update(examples="3"), "no packed data set"),
         (lambda info: info["splits"]["train"].update(shards={"../x": 1}), "no packed data set"),

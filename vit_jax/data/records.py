@@ -160,6 +160,8 @@ def _check(info: Any) -> None:
     names, splits = info["class_names"], info["splits"]
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError("class_names are no names")
+    if len(set(names)) != len(names):
+        raise ValueError("it has a class twice")
     if not isinstance(splits, dict):
         raise ValueError("there are no splits")
     for split, described in splits.items():
