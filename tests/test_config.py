@@ -205,3 +205,16 @@ def test_what_is_no_image_size(command, text):
 )
 def test_a_field_in_another_place_is_found(given, meant):
     assert cli._meant(["train", given]).endswith(meant)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("depth", "deep"), ("dropout", [1]), ("key_bias", "yes"), ("variant", 3), ("pool", {})],
+)
+def test_a_stored_value_that_a_field_cannot_have_is_named(field, value):
+    stored = configuration.to_dict(get_config())
+    stored["model"][field] = value
+    with pytest.raises(UserError, match=rf"has model\.{field}=.*, which it cannot have"):
+        configuration.from_dict(stored)
+    with pytest.raises(UserError, match="has model=None"):
+        configuration.from_dict(stored | {"model": None})

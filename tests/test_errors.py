@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from vit_jax import cli
-from vit_jax.errors import about, of_system
+from vit_jax import bounded, cli
+from vit_jax.bounded import Unfit
+from vit_jax.errors import UserError, about, of_system
 from vit_jax.training import stored
 
 
@@ -99,3 +100,21 @@ def test_a_command_says_it_and_exits_with_1(body, output, said):
     assert "Traceback" not in ended.stderr
     assert ended.returncode == bool(said)
     assert said in ended.stderr
+
+
+def test_what_a_message_quotes_cannot_break_it_into_lines_or_move_the_cursor():
+    assert str(UserError("class 'a\nb\x1b[2J\ud800' of müsli")) == (
+        "class 'a\\nb\\x1b[2J\\ud800' of müsli"
+    )
+    long = str(UserError(f"label {'x' * 100_000} is wrong; mend it."))
+    assert len(long) < 5000
+    assert long.startswith("label xxx")
+    assert long.endswith("is wrong; mend it.")
+
+
+def test_what_is_no_regular_file_is_told_from_what_the_system_refuses(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(Unfit) as caught, about(tmp_path / "pipe"):
+        bounded.read(tmp_path / "pipe")
+    said = str(of_system(caught.value))
+    assert said == f"{tmp_path / 'pipe'} cannot be used: it is a pipe, not a regular file"

@@ -6,6 +6,7 @@ come in three units: of `total_steps`, `total_epochs` and `total_examples` exact
 """
 
 import json
+import reprlib
 from collections.abc import Collection
 from typing import Any
 
@@ -295,7 +296,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     """Rebuilds a configuration that `to_dict` stored; fields it lacks get today's default.
 
     Raises:
-      UserError: it has a field that does not exist.
+      UserError: it has a field that does not exist, or a value that a field cannot have.
     """
 
     def fill(node: ConfigDict, values: dict[str, Any], path: str) -> None:
@@ -305,15 +306,28 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
                     f"the stored configuration has a field {path}{name} that this version of "
                     f"vit_jax does not know: open it with the version that wrote it"
                 )
+            if isinstance(node[name], ConfigDict) != isinstance(value, dict):
+                raise impossible(path + name, value)
             if isinstance(value, dict):
                 fill(node[name], value, f"{path}{name}.")
-            else:
+                continue
+            try:
                 node[name] = tuples(value)
+            except (TypeError, ValueError) as error:
+                raise impossible(path + name, value) from error
 
     def tuples(value: Any) -> Any:
         return tuple(map(tuples, value)) if isinstance(value, list) else value
 
+    def impossible(name: str, value: Any) -> UserError:
+        return UserError(
+            f"the stored configuration has {name}={reprlib.repr(value)}, which it cannot have: "
+            f"it was not written by vit_jax, or is damaged"
+        )
+
     config = get_config()
+    if not isinstance(values, dict):
+        raise impossible("config", values)
     fill(config, values, "")
     return config
 

@@ -7,13 +7,30 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from vit_jax.bounded import Unfit
+
 
 class UserError(Exception):
     """Bad input from the person at the keyboard.
 
     The message is one sentence that names the file or field, the value found and the
     remedy. The command-line doors print it and exit with code 1, without a traceback.
+
+    What it quotes may come from a file of somebody else: so it is shown on one line, without
+    codes that a terminal would obey, and what is endless is shortened.
     """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) > 2 * _SHOWN:
+            text = f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
+        if text.isprintable():
+            return text
+        escaped = lambda c: c.encode("unicode_escape").decode("ascii")
+        return "".join(c if c.isprintable() else escaped(c) for c in text)
+
+
+_SHOWN = 2_000  # characters at each end of a message, which holds its reason and its remedy
 
 
 _ROOM = "make room there, or choose another place, and run the same command again"
@@ -52,6 +69,10 @@ def of_system(error: BaseException) -> UserError | None:
     """
     following: BaseException | None = error
     while following is not None:
+        if isinstance(following, Unfit):
+            return UserError(
+                f"{_named(following.filename)} cannot be used: {following.strerror}"
+            )
         if isinstance(following, OSError) and following.errno is not None:
             return _sentence(following.errno, following.filename)
         if match := _TOLD.search(str(following)):
@@ -61,10 +82,14 @@ def of_system(error: BaseException) -> UserError | None:
 
 
 def _sentence(number: int, path: str | bytes | int | None) -> UserError:
-    named = isinstance(path, str | bytes) and path
-    where = os.fsdecode(path) if named else "a file, or where output goes,"  # type: ignore[arg-type]
     what, remedy = os.strerror(number), _REMEDIES.get(number, _OTHERWISE)
-    return UserError(f"{where} cannot be used ({what}): {remedy}")
+    return UserError(f"{_named(path)} cannot be used ({what}): {remedy}")
+
+
+def _named(path: str | bytes | int | None) -> str:
+    if isinstance(path, str | bytes) and path:
+        return os.fsdecode(path)
+    return "a file, or where output goes,"
 
 
 @contextlib.contextmanager

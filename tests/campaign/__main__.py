@@ -18,7 +18,15 @@ from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from tests.campaign import bit_flips, file_systems, flatness, kills, two_starts
+from tests.campaign import (
+    bit_flips,
+    file_systems,
+    flatness,
+    inputs,
+    kills,
+    servers,
+    two_starts,
+)
 from tests.campaign.runs import Outcome
 
 
@@ -56,6 +64,8 @@ MEMBERS = {
     "two starts": Member(two_starts.run, 6, ", {} starts in all"),
     "file systems": Member(file_systems.run, len(file_systems.FAULTS)),
     "flatness": Member(flatness.run, 1),
+    "hostile inputs": Member(inputs.run, 1000),
+    "hostile servers": Member(servers.run, 100),
 }
 
 

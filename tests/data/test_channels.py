@@ -2,6 +2,8 @@
 
 import io
 import struct
+import time
+import tracemalloc
 import zlib
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from tests.campaign.large_tiffs import large_tiffs
 from tests.tiny_config import tiny
 from vit_jax import experiment, inference, train
 from vit_jax.data import pipeline, sources, tiff
@@ -341,3 +344,30 @@ def test_packing_keeps_channels_and_levels(scans):
         smaller = pixels_of(packed(example, 12), 5, 16)
         assert smaller.shape == (20, 12, 5)
         assert abs(float(smaller.mean()) - float(pixels.mean())) < 500
+
+
+# ---- TIFF files made to mislead ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["tiles.tif", "rows.tif", "channels.tif", "lzw.tif", "packbits.tif", "entries.tif"]
+)
+def test_a_small_tiff_takes_no_time_and_no_memory(name):
+    """It would take minutes or gigabytes to see that what is promised is not there."""
+    begun = time.process_time()
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r"strips or tiles|promises|no whole numbers"):
+        tiff.read(large_tiffs()[name])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20
+    assert time.process_time() - begun < 5
+
+
+def test_colours_of_16_bits_in_a_tiff_are_read_at_8():
+    pixels = noise(3, np.uint16)
+    found = decode({"image": make_tiff(pixels), "name": "x"}, 3)
+    assert found.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(found), np.rint(pixels / 257))
+    with pytest.raises(BadImage, match=r"has 5 channels, and data\.channels is 3"):
+        decode({"image": make_tiff(noise(5)), "name": "x"}, 3)

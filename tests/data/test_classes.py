@@ -132,3 +132,16 @@ def test_sources_that_keep_labels_with_images_are_wrapped():
     moved = as_classes(Bare(), ("b", "a"))
     assert [moved[i]["label"] for i in range(2)] == [0, -1]
     assert moved.fingerprint(0, 2) == "0:2"
+
+
+def test_numbers_of_thousands_of_digits_are_names():
+    assert classes.numbers(["9" * 5000]) is None
+    with pytest.raises(UserError, match="which is none of the model's outputs"):
+        classes.chosen(f"{'9' * 5000},b", ("a", "b"), ("x", "y"))
+
+
+def test_an_endless_file_of_names_is_refused(tmp_path):
+    with (tmp_path / "names.txt").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match="1,099,511,627,776 bytes, more than"):
+        classes.read_names("classes", str(tmp_path / "names.txt"))

@@ -154,3 +154,15 @@ def test_no_corruption_escapes_as_another_exception(photo, rng):
 def test_a_decompression_bomb_is_refused(monkeypatch, photo):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     assert "exceeds limit" in complaint(encode(photo, "PNG"))
+
+
+def test_an_image_that_is_one_endless_line_is_refused():
+    line = io.BytesIO()
+    Image.new("1", (1, 2_000_000)).save(line, "PNG")
+    assert "it has 1 x 2000000 pixels" in complaint(line.getvalue())
+
+
+@pytest.mark.parametrize("length", [60_000, 4])
+def test_a_damaged_header_of_an_array_is_one_line(length):
+    data = b"\x93NUMPY\x02\x00" + length.to_bytes(4, "little") + b"(" * length
+    assert "\n" not in complaint(data)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import sources
+from vit_jax.data import multi_label, sources
 from vit_jax.errors import UserError
 
 
@@ -377,3 +377,14 @@ def test_bytes_that_are_no_text_are_explained(images):
     assert "lists no labels; give a folder, or a file that ends in .csv" in message(
         images / "0.png"
     )
+
+
+def test_classes_are_not_so_many_that_memory_is_full(images, monkeypatch):
+    monkeypatch.setattr(multi_label, "_MOST_BYTES", 1 << 20)
+    several = [json.dumps({"image": f"{i}.png", "label": [999_999]}) for i in range(6)]
+    write(images / "labels.jsonl", *several)
+    with pytest.raises(UserError, match="6 images with 1,000,000 classes are too many"):
+        sources.load(f"folder:{images}", "train", multi_label="auto")
+    one = [json.dumps({"image": f"{i}.png", "label": 10**6}) for i in range(6)]
+    write(images / "labels.jsonl", *one)
+    assert "line 1 has label 1000000; number the classes from 0" in message(images)

@@ -332,3 +332,36 @@ def test_help_names_every_flag():
     for flag in ("split", "shards", "resize_shorter", "max_bad", "[no]force", "data_dir"):
         assert f"--{flag}:" in shown
     assert "python -m vit_jax.prepare SOURCE OUTPUT" in shown
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda info: info.pop("class_names"), "no packed data set"),
+        (lambda info: info.update(splits=[1]), "no packed data set"),
+        (lambda info: info.update(class_names=["a"] * 10), "no packed data set"),
+        (lambda info: info["splits"]["train"].update(shards={}), "no packed data set"),
+        (lambda info: info["splits"]["train"].update(examples="3"), "no packed data set"),
+        (lambda info: info["splits"]["train"].update(shards={"../x": 1}), "no packed data set"),
+        (
+            lambda info: info["splits"].update({"../x": info["splits"]["train"]}),
+            "no packed data",
+        ),
+    ],
+)
+def test_a_description_that_nobody_has_written_is_refused(digits, tmp_path, change, said):
+    shutil.copytree(digits, tmp_path / "a")
+    info = json.loads((tmp_path / "a/dataset.json").read_text())
+    change(info)
+    (tmp_path / "a/dataset.json").write_text(json.dumps(info))
+    assert said in message(tmp_path / "a")
+
+
+def test_labels_that_are_none_are_refused(digits, tmp_path):
+    labels = shutil.copytree(digits, tmp_path / "a") / "train-labels.npy"
+    whole = labels.read_bytes()
+    for data in (b"", whole[:60], whole.replace(b"(1437,)", b"(1437, "), whole[:-1]):
+        labels.write_bytes(data)
+        assert "has no whole split 'train' (" in message(tmp_path / "a")
+    np.save(labels, np.zeros((1437, 2), np.float32))
+    assert "holds an array of float32 (1437, 2)" in message(tmp_path / "a")

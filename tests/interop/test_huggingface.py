@@ -231,3 +231,14 @@ def test_what_cannot_be_said_about_images(tmp_path):
         huggingface.write(tmp_path / "a", cfg, params, ("cat",))
     notes = huggingface.write(tmp_path / "a", cfg, params, eval_transform="resize")
     assert "bilinear_antialias there" in notes[0]
+
+
+@pytest.mark.parametrize(
+    "size", [{"height": 2**31, "width": 32}, {"height": 8192, "width": 8192}]
+)
+def test_sizes_that_would_fill_the_memory_are_not_obeyed(tmp_path, size):
+    export(tmp_path)
+    edit(tmp_path / "preprocessor_config.json", size=size)
+    found = load_weights(tmp_path)
+    assert found.input_size is None
+    assert "preprocessor_config.json" in found.unprepared

@@ -1,6 +1,7 @@
 """timm's state dicts and those of papers, without timm: names, shapes, refusals."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -193,3 +194,12 @@ def test_parameters_of_another_model_are_not_written(tmp_path):
     cfg, params = model()
     with pytest.raises(UserError, match="head/bias has shape"):
         timm.write(tmp_path / "w", dataclasses.replace(cfg, num_classes=6), params)
+
+
+def test_a_pooling_of_no_kind_is_refused(tmp_path):
+    cfg, params = model()
+    timm.write(tmp_path / "model.safetensors", cfg, params)
+    config = {"architecture": "vit", "model_args": {"global_pool": ["token"]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"pools by \['token'\]"):
+        load_weights(tmp_path)

@@ -121,3 +121,14 @@ def test_a_hybrid_attends_to_the_map_of_its_resnet(variant):
     cells = np.asarray(features).reshape(2, rows, patch, columns, patch, -1).swapaxes(2, 3)
     expected = np.einsum("brcijf,ijfd->brcd", cells, kernel).reshape(2, rows * columns, 16)
     np.testing.assert_allclose(out["patch_embedding"], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(), (224,), (224, 224, 3), ("224", 224)])
+def test_an_image_size_is_a_height_and_a_width(size):
+    with pytest.raises(UserError, match=r"image_size is .*: use \(height, width\)"):
+        registry.configure(configuration.get_config().model, size, 3, 10)
+
+
+def test_a_shape_of_no_number_is_one_sentence():
+    with pytest.raises(UserError, match=r"model\.channels is None: it must be at least 1"):
+        registry.configure(configuration.get_config().model, (224, 224), None, 10)

@@ -1,4 +1,6 @@
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -152,3 +154,33 @@ def test_a_signal_is_told_how_long_a_save_takes_and_what_stands_without_it(tmp_p
     assert re.fullmatch(
         r"saving .* KiB \(the last save took \d+\.\d s\); .*, step 1 is .*", told
     )
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from vit_jax.errors import UserError
+from vit_jax.training.checkpoint import Checkpoints
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+state = {f"k{i}": jax.random.normal(jax.random.key(i), (700, 500)) for i in range(60)}
+card = {"config": {}, "class_names": []}
+for attempt in range(2):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
+    try:
+        with Checkpoints(Path(sys.argv[1]) / str(attempt), 2) as checkpoints:
+            checkpoints.save(1, state, card)
+    except UserError as error:
+        print(error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+"""
+
+
+def test_a_full_disk_is_said_once(tmp_path):
+    """Without `no_aftermath`, two of three such saves show dozens of tracebacks."""
+    command = [sys.executable, "-c", FULL, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.stdout.count("could not be written") == 2, done.stderr
+    assert "Event loop is closed" not in done.stderr
+    assert "Traceback" not in done.stderr

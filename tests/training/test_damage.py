@@ -406,3 +406,22 @@ def test_verify_says_of_each_checkpoint_what_it_is_and_changes_nothing(workdir, 
 def test_verify_of_nothing_is_an_error(tmp_path):
     with pytest.raises(UserError, match="has no checkpoints: pass the --workdir"):
         verify.verify_workdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "place", ["card/metadata", "digests/process_0", "state/manifest.ocdbt"]
+)
+@pytest.mark.parametrize("kind", ["pipe", "endless"])
+def test_what_was_never_saved_is_damage_and_nobody_waits_for_it(workdir, place, kind):
+    """TensorStore would wait for the pipe, and end the process for want of memory."""
+    path = workdir / f"best/{OLD}" / place
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    with pytest.raises(Damaged, match=r"no regular file|1,099,511,627,776 bytes"):
+        stored.verify(workdir / f"best/{OLD}")
+    with pytest.raises(UserError, match="is damaged"):
+        params_of(workdir, "best")

@@ -108,3 +108,47 @@ def test_a_full_disk_is_an_error_of_whoever_writes(tmp_path):
     log._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115 - the writer closes it
     with pytest.raises(OSError, match=r"No space left on device.*metrics\.jsonl"), log:
         log.write(1, {"a": 1.0})
+
+
+NUMBERS = (0, -1, 10**29, 0.1, -2.5e-7, 1e300, float("nan"), float("inf"), -float("inf"))
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_what_is_written_is_known_without_reading_its_numbers(tmp_path, monkeypatch, number):
+    """What takes most of the time of a resume is not done for millions of lines."""
+    path = tmp_path / "metrics.jsonl"
+    write(path, *({"step": i, "eval/loss": number, "mesh.data (s)": 1} for i in range(3)))
+    monkeypatch.setattr(metrics_file, "_step", None)
+    found = metrics_file.find(path, 2)
+    assert (found.in_order, found.last["step"]) == (True, 2)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": 1, "step": 2}', '{"step": 1, "\\u0073tep": 2}', '{"step": 01}',
+        '{"step": 1.0}',
+        '{"step": -1}', '{"step": 1, "a": 01}', '{"step": 1, "a": 1.}', '{"step": 1, "a": +1}',
+        '{"step": 1, "a": 1e}', '{"step": 1, "a": -NaN}', '{"step": 1, "a": }', '{"step": 1,}',
+        '{"step": 1, "a": 1', '{"step": 1, "a"b": 1}',
+        '{"step": 1} ', '{"step": 1}}', '{"step": 1, "a": "}',
+        '{"step": 1, "a": {"b": 2}}', '{"step": 1, "stepped": 2}', '{"step": 1, "a\tb": 2}',
+        '{"step": 1, "a": ' + "9" * 5000 + "}", '{"step": ' + "9" * 30 + "}",
+    ],
+)  # fmt: skip
+def test_a_line_is_a_record_if_json_says_so(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+    [found] = metrics_file.lines(tmp_path / "metrics.jsonl")
+    try:
+        expected = json.loads(line)["step"]
+    except ValueError:
+        expected = None
+    assert found.step == (expected if type(expected) is int else None)
+
+
+def test_a_file_that_is_endless_is_refused(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(OSError, match=r"1,099,511,627,776 bytes, more than"):
+        go_on(tmp_path, 1)

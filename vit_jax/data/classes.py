@@ -6,6 +6,7 @@ one order. `match` says which output of a model is meant by each class of a data
 """
 
 import dataclasses
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vit_jax import bounded
 from vit_jax.data.sources import Concatenation, Source, Subset, renumber
 from vit_jax.errors import UserError
 
@@ -37,7 +39,9 @@ class Mismatch(UserError):
 
 # ---- spellings ---------------------------------------------------------------------------
 
-_NUMBERED = re.compile(r"(?:label|class)?[ _-]?(\d+)", re.IGNORECASE)  # LABEL_0: Hugging Face
+_NUMBERED = re.compile(
+    r"(?:label|class)?[ _-]?(\d{1,18})", re.IGNORECASE
+)  # LABEL_0: Hugging Face
 
 
 def _number(name: str) -> int | None:
@@ -186,7 +190,7 @@ def chosen(given: str, model: Names, data: Names) -> Match:
     position = {name: k for k, name in reversed(list(enumerate(model)))}
     outputs = []
     for entry in entries:
-        k = position.get(entry, int(entry) if entry.isdecimal() else -1)
+        k = position.get(entry, int(entry) if re.fullmatch(r"\d{1,18}", entry) else -1)
         if not 0 <= k < len(model):
             raise UserError(
                 f"--classes has {entry!r}, which is none of the model's outputs {some(model)}: "
@@ -205,9 +209,9 @@ def read_names(flag: str, given: str) -> Names:
       UserError: the file cannot be read, or is empty.
     """
     path = Path(given).expanduser()
+    is_file = os.path.isfile(path)  # which a long list is not, either
     try:
-        is_file = path.is_file()
-        text = path.read_text("utf-8-sig") if is_file else ""
+        text = bounded.read_text(path, "utf-8-sig") if is_file else ""
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--{flag}={given} cannot be read ({error}): check the file") from error
     lines = text.splitlines() if is_file else given.split(",")

@@ -30,6 +30,7 @@ FORMATS = tuple(
 )
 # Of an image file. As many pixels as Pillow decodes, with transparency, stored as they are.
 MOST_BYTES = 4 * 2 * (Image.MAX_IMAGE_PIXELS or 0)
+_LONGEST_SIDE = 1_000_000  # pixels
 # Where Pillow keeps the camera's notes, except those of a TIFF.
 NOTES = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 
@@ -104,15 +105,25 @@ def _decode(encoded: Any, channels: int | None, bits: int | None) -> Any:
     try:
         return _by_pillow(encoded, channels)
     except UnidentifiedImageError:
-        if channels is None and encoded.startswith(tiff.MAGIC):
-            return _to_planes(tiff.read(encoded), None, bits)
+        if encoded.startswith(tiff.MAGIC):  # of 16 bits, or of more channels
+            pixels = tiff.read(encoded)
+            if channels is None:
+                return _to_planes(pixels, None, bits)
+            return _from_array(pixels, channels, bits)
         raise
 
 
 def _by_pillow(encoded: bytes, channels: int | None) -> Image.Image:
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        _check_sides(image)
         image.load()  # an error of the pixels must not pass for one of the notes
         return _to_mode(_upright(image), channels)
+
+
+def _check_sides(image: Image.Image) -> None:
+    """Raises ValueError for what is one line: Pillow needs ten times as much for its pixels."""
+    if max(image.size) > _LONGEST_SIDE:
+        raise ValueError(f"it has {image.width} x {image.height} pixels")
 
 
 def _to_planes(pixels: np.ndarray, channels: int | None, bits: int | None) -> Planes:
@@ -126,6 +137,7 @@ def _pixels(encoded: bytes) -> np.ndarray:
             return tiff.read(encoded)
     _check_png(encoded)
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
+        _check_sides(image)
         if image.format == "PNG" and (tile := image.tile[0]).args in _WIDE_PNG:
             return _wide_png(encoded, tile.args)
         if image.format == "PNG" and image.tile[0].args == "LA;16B":  # no other half of it

@@ -36,6 +36,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TextIO
 
+import numpy as np
+
 from vit_jax import bounded
 from vit_jax.data import files, listed_files, multi_label
 from vit_jax.data.files import FileSource
@@ -51,7 +53,7 @@ FILE_COLUMNS = (
 LABEL_COLUMNS = ("label", "class", "class_name", "labels", "fine_label", "category", "target")
 _NUMBERING = ("", "unnamed: 0", "index")  # of rows: what tables are saved with
 _NUMBER = re.compile(r"(-?\d+)(?:\.0*)?")  # 2, 002, and 2.0 as tables may have it
-_MOST_CLASSES = 10_000_000  # a larger number is an identifier in the wrong column
+_MOST_CLASSES = 1_000_000  # a larger number is an identifier in the wrong column
 
 
 @dataclass(frozen=True)
@@ -445,8 +447,10 @@ def _labels(path: Path, rows: list[Row], classes: Classes) -> list[tuple[int, ..
 
 def _tell_of_gaps(path: Path, classes: tuple[str, ...], labels: list[tuple[int, ...]]) -> None:
     """Numbers from 1, say, leave class 0 without an image."""
-    empty = sorted(set(range(len(classes))).difference(*labels))
-    if empty and (path.stem in ("labels", "metadata") or split_kind(path.stem) == "train"):
+    used = np.zeros(len(classes), bool)
+    used[[label for of_one in labels for label in of_one]] = True
+    empty = np.flatnonzero(~used)
+    if len(empty) and (path.stem in ("labels", "metadata") or split_kind(path.stem) == "train"):
         print(
             f"note: {str(path)!r} has no image of {len(empty)} of the {len(classes)} classes, "
             f"the first of them {classes[empty[0]]!r}",

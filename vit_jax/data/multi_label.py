@@ -17,6 +17,7 @@ from vit_jax.data.sources import Source, known_labels
 from vit_jax.errors import UserError
 
 AUTO = "auto"
+_MOST_BYTES = 64 << 30  # of all labels: nine million images with 7,000 classes, as Open Images
 _SEPARATORS = (";", "|", ",")
 
 
@@ -69,7 +70,15 @@ def divide(text: str, between: str | None) -> tuple[str, ...]:
 
 
 def hot(labels: Sequence[Sequence[int]], classes: int) -> np.ndarray:
-    """bool (N, K): which of K classes each image has, of lists of their numbers."""
+    """bool (N, K): which of K classes each image has, of lists of their numbers.
+
+    Raises UserError where that would take more memory than can be meant.
+    """
+    if len(labels) * classes > _MOST_BYTES:
+        raise UserError(
+            f"{len(labels):,} images with {classes:,} classes are too many for several labels "
+            f"an image: number the classes from 0, without gaps"
+        )
     found = np.zeros((len(labels), classes), bool)
     for row, numbers in zip(found, labels, strict=True):
         row[list(numbers)] = True

@@ -46,6 +46,8 @@ class RecordsSource:
         i = range(len(self))[i]
         try:
             record = msgpack.unpackb(self.records[i])
+            if not isinstance(record, dict) or not {"image", "name"} <= record.keys():
+                raise ValueError("it holds no image")
         # A wrong checksum is a ValueError or a RuntimeError of the reader.
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -74,7 +76,7 @@ def open_records(path: str, split: str) -> RecordsSource:
     split = pick_split(split, tuple(info["splits"]), f"records:{path}")
     described = info["splits"][split]
     try:
-        labels = np.load(root / f"{split}-labels.npy", allow_pickle=False)
+        labels = _read_labels(root / f"{split}-labels.npy", len(info["class_names"]))
         sizes = {name: (root / name).stat().st_size for name in described["shards"]}
     except (OSError, ValueError) as error:
         raise UserError(
@@ -100,6 +102,21 @@ def open_records(path: str, split: str) -> RecordsSource:
     return RecordsSource(records, labels, class_names, name, content)
 
 
+def _read_labels(path: Path, classes: int) -> np.ndarray:
+    """Raises ValueError for what are no labels, OSError for what cannot be read."""
+    with bounded.open_regular(path) as file:
+        try:
+            labels: np.ndarray = np.load(file, allow_pickle=False)
+        except OSError:
+            raise
+        except Exception as error:  # a damaged header may trip any line of NumPy's
+            raise ValueError(f"{path.name} is damaged: {error}") from error
+    numbers = labels.dtype.kind in "iu" and labels.ndim == 1
+    if not numbers and not (labels.dtype == bool and labels.shape[1:] == (classes,)):
+        raise ValueError(f"{path.name} holds an array of {labels.dtype} {labels.shape}")
+    return labels
+
+
 class _Shard(NamedTuple):
     """What a reader wants to know of a file, by its names."""
 
@@ -123,6 +140,8 @@ def _read_info(path: str) -> tuple[Path, dict[str, Any]]:
     try:
         info = bounded.parse_json(bounded.read(root / INFO))
         version = info["format"]
+        if version == VERSION:
+            _check(info)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"records:{path} is no packed data set, for it has no readable {INFO}; make one "
@@ -134,6 +153,29 @@ def _read_info(path: str) -> tuple[Path, dict[str, Any]]:
             f"{VERSION}; pack it again."
         )
     return root, info
+
+
+def _check(info: Any) -> None:
+    """Raises ValueError, KeyError or TypeError for a description that none has written."""
+    names, splits = info["class_names"], info["splits"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("class_names are no names")
+    if len(set(names)) != len(names):
+        raise ValueError("it has a class twice")
+    if not isinstance(splits, dict):
+        raise ValueError("there are no splits")
+    for split, described in splits.items():
+        shards = described["shards"].items() if isinstance(described["shards"], dict) else ()
+        numbers = [
+            described["examples"],
+            *(x[n] for _, x in shards for n in ("examples", "bytes")),
+        ]
+        if not shards or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
+            raise ValueError(f"split {split!r} has no numbers of examples and bytes")
+        if not all(Path(name).name == name for name in (split, *(name for name, _ in shards))):
+            raise ValueError(f"split {split!r} has files outside the folder")
+        if not isinstance(described.get("digest", ""), str):
+            raise ValueError(f"split {split!r} has no digest")
 
 
 # ---- writing -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ with or without differences of neighbours (predictor 2); classic TIFF and BigTIF
 first page is read. Other files are `Unsupported`.
 """
 
+import itertools
 import struct
 import zlib
 from typing import NamedTuple
@@ -18,6 +19,11 @@ _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC = 256, 257, 258, 259, 262
 _STRIPS, _STRIP_SIZES, _ROWS = 273, 279, 278
 _TILES, _TILE_SIZES, _TILE_WIDTH, _TILE_HEIGHT = 324, 325, 322, 323
 _ORIENTATION, _CHANNELS, _APART, _PREDICTOR, _FORMAT = 274, 277, 284, 317, 339
+_READ = {
+    _WIDTH, _HEIGHT, _BITS, _COMPRESSION, _PHOTOMETRIC, _STRIPS, _STRIP_SIZES, _ROWS, _TILES,
+    _TILE_SIZES, _TILE_WIDTH, _TILE_HEIGHT, _ORIENTATION, _CHANNELS, _APART, _PREDICTOR,
+    _FORMAT,
+}  # fmt: skip
 
 
 class Unsupported(ValueError):
@@ -56,10 +62,11 @@ def _page(encoded: bytes) -> _Page:
     [at] = struct.unpack_from(order + offset, encoded, 8 if big else 4)
     [entries] = struct.unpack_from(order + count, encoded, at)
     at += struct.calcsize(count)
-    tags = {}
+    tags: dict[int, tuple[int, ...]] = {}
     for start in range(at, at + entry * entries, entry):
         tag, kind, number = struct.unpack_from(f"{order}HH{offset}", encoded, start)
-        if kind not in _CODES:
+        # The numbers of each may be as many as the file has bytes: a few tags are read, once.
+        if kind not in _CODES or tag not in _READ or tag in tags:
             continue
         values = start + entry - inline
         if struct.calcsize(_CODES[kind]) * number > inline:
@@ -77,7 +84,7 @@ def _pixels(encoded: bytes, page: _Page) -> np.ndarray:
     if page.one(_PHOTOMETRIC, 1) not in (0, 1, 2, 5) or page.one(_PREDICTOR, 1) not in (1, 2):
         raise Unsupported("its colours are stored in another way")
     most = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 40)
-    if not 0 < height * width <= most or not 0 < channels <= 4096:
+    if not 0 < height * width <= most or not 0 < height * width * channels <= 4 * most:
         raise ValueError(f"it promises {width} x {height} pixels of {channels} channels")
     apart = page.one(_APART, 1) == 2
     tiled = _TILES in page.tags
@@ -87,15 +94,15 @@ def _pixels(encoded: bytes, page: _Page) -> np.ndarray:
         raise ValueError("its tiles have no size")
     dtype = np.dtype(page.order + ("u1" if bits == {8} else "u2"))
     shape = (rows, columns, 1 if apart else channels)
+    offsets = page.tags.get(_TILES if tiled else _STRIPS, ())
+    sizes = page.tags.get(_TILE_SIZES if tiled else _STRIP_SIZES, ())
+    blocks = (channels if apart else 1) * -(-height // rows) * -(-width // columns)
+    if not len(offsets) == len(sizes) == blocks or sum(sizes) > len(encoded):
+        raise ValueError("the TIFF is damaged: its strips or tiles do not make up an image")
     pixels = np.zeros((height, width, channels), dtype.newbyteorder("="))
-    places = [
-        (channel, top, left)
-        for channel in range(channels if apart else 1)
-        for top in range(0, height, rows)
-        for left in range(0, width, columns)
-    ]
-    offsets = page.tags[_TILES if tiled else _STRIPS]
-    sizes = page.tags[_TILE_SIZES if tiled else _STRIP_SIZES]
+    places = itertools.product(
+        range(channels if apart else 1), range(0, height, rows), range(0, width, columns)
+    )
     for (channel, top, left), offset, size in zip(places, offsets, sizes, strict=True):
         tall = rows if tiled else min(rows, height - top)
         block = _block(encoded[offset : offset + size], (tall, *shape[1:]), dtype, page)

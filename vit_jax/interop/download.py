@@ -77,6 +77,9 @@ _MODELS = {
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 _REPOSITORY = re.compile(rf"({_WORD}/{_WORD})(?:@({_WORD}(?:/{_WORD})*))?")
 
+# A server that sends nothing of use is given up after five tries, each of which takes at most
+# six times _TIMEOUT: to connect, for redirects and the head of the answer, for bytes too few.
+# Others, who wait for the lock, wait no longer.
 _TIMEOUT = 10.0  # seconds without an answer, or without one more byte
 _FLOOR = 1024  # bytes a second; a server that sends fewer in _TIMEOUT counts as silent
 _PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each new try of a connection that was cut
@@ -358,7 +361,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 def _download(url: str, path: Path) -> None:
     part = _beside(path, ".part")
-    failures, most, first = 0, -1, True
+    failures, most, first, since = 0, -1, True, time.monotonic()
     while True:
         try:
             checksum = _attempt(url, path, part)
@@ -369,10 +372,13 @@ def _download(url: str, path: Path) -> None:
                     f"cannot reach {url} ({cut}); go online, or put the file at {path}."
                 ) from cut
             first = False
-            # Tries count from the last progress: a poor line must not stop a big file.
+            # Tries count from the last progress: a poor line must not stop a big file. But a
+            # byte for each try is none, or others would wait for the lock for ever.
             size = part.stat().st_size if part.exists() else 0
-            progress = size > most and not isinstance(cut, _Slow)
-            failures, most = (1 if progress else failures + 1), max(size, most)
+            enough = size - max(most, 0) >= _FLOOR * (time.monotonic() - since)
+            if size > most and enough and not isinstance(cut, _Slow):
+                failures, most, since = 0, size, time.monotonic()
+            failures += 1
             if failures > len(_PAUSES):
                 raise UserError(
                     f"the download of {url} breaks off again and again ({cut}); run this "
@@ -394,6 +400,12 @@ def _attempt(url: str, path: Path, part: Path) -> tuple[str, str] | None:
     start, etag = _kept(part)
     answer, headers = _open(url, path, start, etag)
     with answer:
+        if answer.status not in (200, 206):
+            raise UserError(
+                f"the server answers {url} with HTTP {answer.status}, not with a file; fetch "
+                f"it by other means, and put it at {path}."
+            )
+        _check_no_page(answer.headers.get_content_type() == "text/html", url, path)
         if answer.status == 206 and not _continues(answer, start, etag):
             _forget(part)
             raise _Cut("the file on the server has changed")
@@ -416,6 +428,7 @@ def _attempt(url: str, path: Path, part: Path) -> tuple[str, str] | None:
         ):  # fmt: skip
             pace = _Pace()
             while chunk := _read(answer):
+                _check_no_page(file.tell() == 0 and _PAGE.match(chunk) is not None, url, path)
                 file.write(chunk)
                 bar.update(len(chunk))
                 pace.check(len(chunk))
@@ -425,6 +438,18 @@ def _attempt(url: str, path: Path, part: Path) -> tuple[str, str] | None:
     if total is not None and size != total:
         raise _Cut(f"{size} of {total} bytes arrived")
     return checksum
+
+
+_PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
+
+
+def _check_no_page(is_page: bool, url: str, path: Path) -> None:
+    """Raises UserError for what networks send to whoever has not logged in yet."""
+    if is_page:
+        raise UserError(
+            f"the server answers {url} with a web page, not with a file: see in a browser what "
+            f"it says, or put the file at {path}."
+        )
 
 
 class _Pace:
@@ -514,6 +539,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     def __init__(self) -> None:
         self.headers: list[Message] = []
+        self._end = time.monotonic() + 2 * _TIMEOUT
 
     def redirect_request(
         self,
@@ -525,6 +551,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         newurl: str,
     ) -> urllib.request.Request | None:
         self.headers.append(headers)
+        fp.close()  # urllib would read what comes with it to its end, which there may not be
+        if time.monotonic() > self._end:
+            raise _Slow(f"redirects took more than {2 * _TIMEOUT:g} s")
         if urlsplit(newurl).scheme not in ("https", urlsplit(req.full_url).scheme):
             raise urllib.error.HTTPError(
                 req.full_url, code, f"redirect to {newurl}, which is not https", headers, fp
@@ -586,7 +615,7 @@ def _open(
         opener = urllib.request.build_opener(redirects, _Http(), _Https())
         answer = opener.open(request, timeout=_TIMEOUT)
     except urllib.error.HTTPError as error:
-        with error:
+        with contextlib.closing(error):  # which a redirect has closed already
             raise _refusal(error, url, path) from error
     except urllib.error.URLError as error:
         raise _Unreachable(_why(error.reason)) from error

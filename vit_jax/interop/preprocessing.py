@@ -13,6 +13,9 @@ from vit_jax.errors import UserError
 from vit_jax.models.vit_config import ViTConfig
 
 Size = tuple[int, int]  # height, width
+# Pixels of an edge, and patches of an image, that a publisher can mean: larger ones would be
+# asked of the memory before anything is noticed.
+_MOST_EDGE, _MOST_PATCHES = 20_000, 1 << 16
 
 RESAMPLE = {  # PIL's codes
     0: "nearest",
@@ -124,7 +127,7 @@ def _switch(said: dict[str, Any], name: str) -> bool:
 
 
 def _whole(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= _MOST_EDGE
 
 
 def size_of(value: Any, square: bool, name: str = "size") -> Said:
@@ -261,6 +264,8 @@ def at_size(cfg: Any, transform: str, size: Size | None) -> dict[str, Any]:
             f"prepares images of {size[0]} x {size[1]}, which the network, for "
             f"{cfg.image_size[0]} x {cfg.image_size[1]} in patches of {patch}, cannot take"
         )
+    if (patches := size[0] * size[1] // patch**2) > _MOST_PATCHES:
+        raise Unobeyed(f"prepares images of {size[0]} x {size[1]}: {patches:,} patches")
     return given | {"input_size": size}
 
 

@@ -227,7 +227,7 @@ def _pool(state: Arrays, args: dict[str, Any], source: Path, given: str | None) 
     found = "map" if "attn_pool.latent" in state else found
     said = given or args["global_pool"]
     pools = {None: found, "token": "cls", "avg": "gap"} | {name: name for name in POOLS}
-    pool = pools.get(said, "")
+    pool = pools.get(said, "") if said is None or isinstance(said, str) else ""
     if not pool or (pool == "map") != (found == "map"):
         raise UserError(
             f"{source} cannot be held exactly by our model: it pools by {said!r}, where the "

@@ -14,13 +14,15 @@ def check_choices(cfg: Any, choices: Mapping[str, tuple[str, ...]]) -> None:
 
 def check_positive(cfg: Any, fields: Iterable[str]) -> None:
     for field in fields:
-        if (value := getattr(cfg, field)) < 1:
+        value = getattr(cfg, field)
+        if not isinstance(value, int) or value < 1:
             raise UserError(f"model.{field} is {value}: it must be at least 1")
 
 
 def check_rates(cfg: Any, fields: Iterable[str]) -> None:
     for field in fields:
-        if not 0 <= (value := getattr(cfg, field)) < 1:
+        value = getattr(cfg, field)
+        if not isinstance(value, int | float) or not 0 <= value < 1:
             raise UserError(f"model.{field} is {value}: use a rate of at least 0, below 1")
 
 

@@ -57,6 +57,8 @@ def configure(
     Raises:
       UserError: there is no such variant, or a field does not fit it.
     """
+    if len(image_size) != 2 or not all(isinstance(edge, int) for edge in image_size):
+        raise UserError(f"image_size is {image_size}: use (height, width)")
     kind, named = decode(fields.variant)
     own = {field.name for field in dataclasses.fields(kind)}
     for field in dataclasses.fields(ViTConfig):

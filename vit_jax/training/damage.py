@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from vit_jax.errors import UserError
-from vit_jax.training.digests import Damaged
+from vit_jax.training.digests import MOST, Damaged
 
 # What the system says when a file is missing, or is no file: of a checkpoint, that is damage.
 _MISSING = {errno.ENOENT, errno.EISDIR, errno.ENOTDIR}
@@ -95,6 +95,31 @@ def unreadable_file(checkpoint: Path, through: bool = True) -> str:
     except OSError as error:
         if error.errno not in _MISSING:
             return f"{error.filename}: {error.strerror}"
+    return ""
+
+
+_MOST_DATA = (
+    64 << 30
+)  # bytes of a file with parts of arrays: TensorStore begins a new one at 2 GiB
+
+
+def strange_file(checkpoint: Path) -> str:
+    """What in `checkpoint` was never saved and would make its reader wait or fall over.
+
+    That is a pipe or the like; and a file of endless size, for which TensorStore asks for so
+    much memory that the process ends. Those with the data of arrays, in folders `d`, may be
+    larger: they are read in parts.
+    """
+    for folder, _, names in os.walk(checkpoint):
+        for name in names:
+            path = Path(folder, name)
+            if not path.exists():
+                continue
+            if not path.is_file():
+                return f"{path.relative_to(checkpoint)} is no regular file"
+            size = path.stat().st_size
+            if size > (_MOST_DATA if path.parent.name == "d" else MOST):
+                return f"{path.relative_to(checkpoint)} has {size:,} bytes"
     return ""
 
 

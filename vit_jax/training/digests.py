@@ -23,9 +23,11 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vit_jax import bounded
 from vit_jax.training import sharding
 
 FOLDER = "digests"
+MOST = 256 << 20  # bytes of a file of them, or of a card: a hundred times that of large models
 Box = tuple[tuple[int, int], ...]  # of each axis: first index, and one past the last
 
 
@@ -121,12 +123,15 @@ def read_json(path: Path) -> Any:
     """What a file of a checkpoint holds.
 
     Raises:
-      Damaged: it is no JSON.
+      Damaged: it is no JSON, or no regular file.
       OSError: it cannot be read.
     """
     try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return bounded.parse_json(bounded.read(path, MOST))
+    except bounded.Unfit as error:
+        name = f"{path.parent.name}/{path.name}"
+        raise Damaged(f"{name} is not what was saved: {error.strerror}") from error
+    except ValueError as error:
         raise Damaged(f"{path.parent.name}/{path.name} is not JSON") from error
 
 

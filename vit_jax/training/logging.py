@@ -42,7 +42,7 @@ class MetricWriter:
         if saved is not None and saved["step"] > first_step:
             saved = None  # of a later state, which could not be read
         with about(path):
-            found = metrics_file.find(path, first_step)
+            found = metrics_file.find(path, first_step, saved)
         self.last = found.last or saved  # the record that was written last
         self._evaluation = next((r for r in found.at_step if "eval/count" in r), None)
         self._silent = jax.process_index() > 0

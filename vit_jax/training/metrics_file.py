@@ -8,6 +8,7 @@ as it was is kept beside. All of it is read a line at a time: memory does not gr
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 from array import array
@@ -20,6 +21,8 @@ import numpy as np
 from vit_jax import bounded
 from vit_jax.atomic import replacing
 
+_MOST = 16 << 30  # bytes: fifty million lines. What declares more is no file of ours
+
 Record = dict[str, Any]
 Names = tuple[str, ...]
 
@@ -27,29 +30,44 @@ Names = tuple[str, ...]
 class Line(NamedTuple):
     start: int  # of its first byte in the file
     text: bytes
-    record: Record | None  # None: it is none
+    step: int | None  # None: it is no record
+
+    def record(self) -> Record:
+        """What a line with a step holds."""
+        found: Record = json.loads(self.text)
+        return found
+
+
+# A line as `encode` writes it, of a record of numbers. To see that it is whole takes a fifth of
+# the time of reading its numbers, and there may be millions; all others are read.
+_OURS = re.compile(
+    rb'\{"step": (0|[1-9]\d{0,17})'
+    rb'(?:, "(?!step")[ !#-\[\]-~]*+": (?:-?(?:0|[1-9]\d{0,29})(?:\.\d++)?+(?:e[+-]?\d++)?+'
+    rb"|NaN|-?Infinity)(?=[,}]))*+\}\n"
+)
 
 
 def lines(path: Path) -> Iterator[Line]:
     """The lines of a file, or nothing where there is none. Raises OSError."""
     start = 0
     try:
-        file = bounded.open_regular(path)
+        file = bounded.open_regular(path, _MOST)
     except FileNotFoundError:
         return
     with file:
         while text := file.readline(bounded.LABELS):
-            yield Line(start, text, _parse(text))
+            ours = _OURS.fullmatch(text)
+            yield Line(start, text, int(ours[1]) if ours else _step(text))
             start += len(text)
 
 
-def _parse(text: bytes) -> Record | None:
+def _step(text: bytes) -> int | None:
     try:
         record = bounded.parse_json(text)
     except ValueError:
         return None
     step = record.get("step") if isinstance(record, dict) else None
-    return record if type(step) is int else None
+    return step if type(step) is int else None
 
 
 def encode(record: Record) -> bytes:
@@ -62,10 +80,10 @@ def read_metrics(path: Path) -> list[Record]:
     Of a last line without an end nothing is said: somebody may be writing it.
     """
     records, bad = [], 0
-    for _, text, record in lines(path):
-        if record is not None:
-            records.append(record)
-        bad += record is None and text.endswith(b"\n")
+    for line in lines(path):
+        if line.step is not None:
+            records.append(line.record())
+        bad += line.step is None and line.text.endswith(b"\n")
     if bad:
         print(f"warning: {bad} lines of {path} cannot be read: left out", file=sys.stderr)
     return records
@@ -84,6 +102,7 @@ class Found(NamedTuple):
       first_bad: the number of the first of them.
       last: the last record.
       at_step: the records of the step itself.
+      holds: whether `saved` is among the records.
     """
 
     end: int
@@ -92,35 +111,43 @@ class Found(NamedTuple):
     first_bad: int
     last: Record | None
     at_step: list[Record]
+    holds: bool = False
 
 
-def find(path: Path, step: int) -> Found:
+def find(path: Path, step: int, saved: Record | None = None) -> Found:
     """Reads the file once. Raises OSError."""
     end, stopped, in_order, bad, first_bad = 0, False, True, 0, 0
-    last: Record | None = None
+    last: Line | None = None
     at_step: list[Record] = []
-    seen: set[Names] = set()  # the names of the records of the last step
-    for number, (start, text, record) in enumerate(lines(path), 1):
-        if record is None:
+    wanted, holds = saved["step"] if saved else None, False
+    seen: set[Names] = set()  # the names of the records of the last step, if it has several
+    for number, line in enumerate(lines(path), 1):
+        if line.step is None:
             if not stopped:
                 bad, first_bad = bad + 1, first_bad or number
             continue
-        if record["step"] > step:
+        if line.step == wanted:
+            holds = holds or line.record() == saved
+        if line.step > step:
             stopped = True
             continue
-        if last is None or record["step"] > last["step"]:
+        if last is not None and last.step == line.step:
+            names = tuple(line.record())
+            seen.add(tuple(last.record()))
+            in_order = in_order and names not in seen
+            seen.add(names)
+        else:
             seen.clear()
-        names = tuple(record)
-        backwards = last is not None and record["step"] < last["step"]
-        if stopped or backwards or names in seen or not text.endswith(b"\n"):
+        backwards = last is not None and line.step < (last.step or 0)
+        if stopped or backwards or not line.text.endswith(b"\n"):
             in_order = False
-        seen.add(names)
-        last = record
-        if record["step"] == step:
-            at_step.append(record)
+        last = line
+        if line.step == step:
+            at_step.append(line.record())
         if not stopped:
-            end = start + len(text)
-    return Found(end, in_order and not bad, bad, first_bad, last, at_step)
+            end = line.start + len(line.text)
+    newest = last.record() if last else None
+    return Found(end, in_order and not bad, bad, first_bad, newest, at_step, holds)
 
 
 def go_on(path: Path, step: int, found: Found, saved: Record | None) -> None:
@@ -129,14 +156,14 @@ def go_on(path: Path, step: int, found: Found, saved: Record | None) -> None:
     Args:
       path: of the file.
       step: the last step that counts.
-      found: in this file, for this step.
+      found: in this file, for this step and record.
       saved: a record that the checkpoint holds too, and that is put back if it is missing.
 
     Raises:
       OSError: it cannot be written.
       UserError: the same, where it is written anew.
     """
-    if saved is not None and _holds(path, saved, found):
+    if found.holds:
         saved = None
     last = found.last["step"] if found.last else 0
     if not found.in_order or (saved is not None and saved["step"] < last):
@@ -148,37 +175,34 @@ def go_on(path: Path, step: int, found: Found, saved: Record | None) -> None:
             file.write(encode(saved))
 
 
-def _holds(path: Path, saved: Record, found: Found) -> bool:
-    if saved in (found.last, *found.at_step):
-        return True
-    return any(record == saved for _, _, record in lines(path))
-
-
 def _write_anew(path: Path, step: int, found: Found, saved: Record | None) -> None:
     beside = _keep(path)
     steps, starts = array("q"), array("q")
-    for start, _, record in lines(path):
-        if record is not None and record["step"] <= step:
-            steps.append(record["step"])
-            starts.append(start)
+    for line in lines(path):
+        if line.step is not None and line.step <= step:
+            steps.append(line.step)
+            starts.append(line.start)
     order = np.argsort(np.array(steps, np.int64), kind="stable")
     repeated, before, seen = 0, -1, set[Names]()
     with replacing(path) as part, part.open("wb") as new, path.open("rb") as old:
-        for i in order:
+        for place, i in enumerate(order):
             if saved is not None and saved["step"] < steps[i]:
                 new.write(encode(saved))
                 saved = None
             old.seek(starts[i])
-            record = _parse(old.readline())
-            assert record is not None  # it was read just now
-            if record["step"] != before:
-                before = record["step"]
+            text = old.readline(bounded.LABELS)
+            if steps[i] != before:
+                before = steps[i]
                 seen.clear()
-            if tuple(record) in seen:
-                repeated += 1
-                continue
-            seen.add(tuple(record))
-            new.write(encode(record))
+            alone = not seen and (place + 1 == len(order) or steps[order[place + 1]] != before)
+            if not alone or not _OURS.fullmatch(text):
+                record: Record = json.loads(text)
+                if tuple(record) in seen:
+                    repeated += 1
+                    continue
+                seen.add(tuple(record))
+                text = encode(record)
+            new.write(text)
         if saved is not None:
             new.write(encode(saved))
         new.flush()

@@ -19,9 +19,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from vit_jax import bounded
 from vit_jax.errors import UserError
 from vit_jax.training import digests
-from vit_jax.training.damage import agree, cannot_be_read, judge, unreadable_file
+from vit_jax.training.damage import (
+    agree,
+    cannot_be_read,
+    judge,
+    strange_file,
+    unreadable_file,
+)
 from vit_jax.training.digests import Damaged, Digests, named, read_json
 from vit_jax.training.sharding import path_name
 
@@ -98,7 +105,8 @@ def save(to: ocp.CheckpointManager, step: int, tree: Any, card: Card) -> None:
 def no_aftermath() -> Iterator[None]:
     """Once a write has failed, TensorStore prints a traceback for each that was under way.
 
-    It reports their ends to an event loop that Orbax has closed by then.
+    It reports their ends to an event loop that Orbax has closed by then: in two of three saves
+    that met a full disk, dozens of times.
     """
     before = sys.unraisablehook
 
@@ -116,7 +124,7 @@ def no_aftermath() -> Iterator[None]:
 def seconds_to_save(checkpoint: Path) -> float | None:
     """How long writing `checkpoint` took, None where that is not known."""
     try:
-        times = json.loads((checkpoint / "_CHECKPOINT_METADATA").read_bytes())
+        times = bounded.parse_json(bounded.read(checkpoint / "_CHECKPOINT_METADATA"))
         begun, ended = times["init_timestamp_nsecs"], times["commit_timestamp_nsecs"]
         return max(0.0, (ended - begun) / 1e9)
     except (OSError, ValueError, TypeError, KeyError):
@@ -208,6 +216,8 @@ def _attempt(
 
 def _metadata(checkpoint: Path) -> tuple[Card, Digests | None]:
     """The card, and the digests where there are any, if both are what was saved."""
+    if strange := strange_file(checkpoint):
+        raise Damaged(strange)
     found, saved = read_json(checkpoint / "card" / "metadata"), digests.read(checkpoint)
     if saved is None and digests.FOLDER in _items(checkpoint):
         raise Damaged(f"{digests.FOLDER}/ is missing")
