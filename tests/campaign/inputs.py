@@ -29,6 +29,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.campaign.runs import Outcome
+
 SECONDS = 20.0  # of processor time that reading an input may take
 HANG = 60.0  # seconds after which a process that is silent is ended
 BEGIN = 180.0  # seconds until it must have begun
