@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -140,6 +141,42 @@ def test_evaluation_is_exact_across_processes(two):
 def test_four_processes_give_what_one_gives(one, tmp_path):
     run(tmp_path, 4)
     assert_close_run(tmp_path, one)
+
+
+@pytest.mark.parametrize(
+    ("said", "news"),
+    [
+        (b"", ""),
+        (b"alive\nalive\n", ""),
+        (b"alive\nali", ""),
+        (b"alive\nsaid process 1 on b: no space le", ""),
+        (
+            b"alive\nsaid process 1 on b: no space left\nalive\n",
+            "said process 1 on b: no space left",
+        ),
+    ],
+)
+@pytest.mark.parametrize("reset", [False, True])
+def test_whatever_a_dead_process_said_last_its_name_is_told(monkeypatch, said, news, reset):
+    ends = []
+    monkeypatch.setattr(processes, "_end", ends.append)
+    listener = socket.create_server(("127.0.0.1", 0))
+    theirs = socket.create_connection(listener.getsockname())
+    ours, _ = listener.accept()
+    theirs.sendall(said)
+    if reset:  # as the system does for a process that is killed with something left to read
+        ours.sendall(b"unread")
+        time.sleep(0.1)
+    theirs.close()
+    watch = object.__new__(processes._Watch)
+    watch._index, watch._names = 0, ["process 0 on a", "process 1 on b"]
+    watch._leaving, watch._speaking = threading.Event(), threading.Lock()
+    watch._connections = {1: ours}
+    watch._listen(1, ours)
+    ours.close()
+    listener.close()
+    expected = "process 1 on b: no space left" if news else "process 1 on b has died"
+    assert ends[0].startswith(expected)
 
 
 @pytest.mark.parametrize(

@@ -255,19 +255,17 @@ class _Watch:
                         connection.sendall(line)
 
     def _listen(self, index: int, connection: socket.socket) -> None:
-        name, news = self._names[index], ""
+        name = self._names[index]
         connection.settimeout(_SILENCE)
         try:
-            lines = connection.makefile("rb")
-            while (news := lines.readline().decode(errors="replace").strip()) == _ALIVE:
-                pass
+            news = _news(connection)
         except TimeoutError:
             news = (
                 f"{_SAID} {name} has said nothing for {_SILENCE:.0f} s: it was stopped, or its "
                 "machine has lost power or network"
             )
         except OSError:
-            pass
+            news = ""
         if news == _DONE or self._leaving.is_set():
             return
         kind, _, text = (news or f"{_DIED} {name}").partition(" ")
@@ -289,6 +287,21 @@ class _Watch:
         multihost_utils.sync_global_devices("done")
         self._leaving.set()
         self._tell(_DONE)
+
+
+def _news(connection: socket.socket) -> str:
+    """The first line that is more than a sign of life; nothing if the connection ends before.
+
+    A line without an end was cut off when its process died, and says nothing.
+    """
+    with connection.makefile("rb") as lines:
+        for line in lines:
+            text = line.decode(errors="replace")
+            if not text.endswith("\n"):
+                break
+            if text.strip() != _ALIVE:
+                return text.strip()
+    return ""
 
 
 def _receive(connection: socket.socket, size: int) -> bytes:
