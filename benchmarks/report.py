@@ -255,23 +255,23 @@ def read(path: Path) -> dict[str, Any]:
     return record
 
 
-def fill(page: Path, text: str) -> None:
-    """Puts `text` between the two marks of a page.
+def fill(page: Path, text: str, mark: str = MARK) -> None:
+    """Puts `text` between the two `mark`s of a page.
 
     Raises:
       UserError: the page cannot be read, or has not two marks.
     """
     try:
-        parts = page.read_text().split(MARK)
+        parts = page.read_text().split(mark)
     except OSError as error:
         raise UserError(f"--page={page} cannot be read: {error.strerror}") from error
     if len(parts) != 3:
         raise UserError(
-            f"--page={page} holds {MARK} {len(parts) - 1} times: write it on two lines, "
+            f"--page={page} holds {mark} {len(parts) - 1} times: write it on two lines, "
             f"between which the tables shall stand"
         )
     with replacing(page) as part:
-        part.write_text(f"{parts[0]}{MARK}\n\n{text}\n\n{MARK}{parts[2]}")
+        part.write_text(f"{parts[0]}{mark}\n\n{text}\n\n{mark}{parts[2]}")
 
 
 def main(positional: list[str]) -> None:

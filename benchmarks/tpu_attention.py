@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from benchmarks import conditions
+from benchmarks import conditions, report
 from benchmarks.measure import save
 from vit_jax import cli
 from vit_jax.errors import UserError
@@ -148,11 +148,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+MARK = "<!-- tpu_attention -->"  # in a page, before and after the table
+
+
 def define_flags() -> None:
     flags.DEFINE_string("topology", "v5e:2x2", "A slice of TPUs; each chip does the same.")
     flags.DEFINE_list("tokens", ["197", "577", "785", "1370", "4097"], "Numbers of tokens.")
     flags.DEFINE_list("forms", list(FORMS), "Forms of attention.")
     flags.DEFINE_string("output", "docs/planning/tpu_attention.json", "The file to write.")
+    flags.DEFINE_string("page", None, "A page of Markdown to put the table into.")
 
 
 def main(positional: list[str]) -> None:
@@ -171,6 +175,8 @@ def main(positional: list[str]) -> None:
             save(Path(given.output), record)
             print(rows[-1], file=sys.stderr, flush=True)
     print(table(rows))
+    if given.page:
+        report.fill(Path(given.page), table(rows), MARK)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 Compiles the step of `vit_jax.train` ahead of time (pip install -e '.[tpu]') for the same slice,
 mesh, batch, recomputation and optimiser with two formulations of the network: ours, and that of
-Google's vision_transformer and big_vision, from Flax's own layers. Prints of each what a device
-moves to and from HBM, the memory that it needs, what it exchanges, the roofline of
-`vit_jax.plan`, and the ratio of the two; then where our bytes go. Nothing is run: the times are
-estimates, bytes and memory are what the compiler's program says.
+Google's vision_transformer and big_vision, from Flax's own layers. Up to 24 layers stand one
+after another in both, more are a loop in both. Prints of each what a device moves to and from
+HBM, the memory that it needs, what it exchanges, the roofline of `vit_jax.plan`, and the ratio
+of the two; then where our bytes go. Nothing is run: the times are estimates, bytes and memory
+are what the compiler's program says.
 
   --topology=v5e:4x4,v6e:4x4   slices
   --models=B/16,L/16           networks of configs/vit_i1k.py, at 224 pixels, without dropout
@@ -21,18 +22,17 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from benchmarks import report
 from vit_jax import cli
 from vit_jax.errors import UserError
 
-# Examples a device, by model and the kind of chip; large models are divided over 16 devices.
+# Examples a device, by model and the kind of chip.
 BATCHES = {
     "B/16": {"v5e": 64, "v6e": 128, "v4": 128, "v5p": 256},
     "L/16": {"v5e": 32, "v6e": 64, "v4": 64, "v5p": 128},
     "H/14": {"v5e": 16, "v6e": 32, "v4": 32, "v5p": 64},
     "g/14": {"v5e": 8, "v6e": 16, "v4": 16, "v5p": 64},
 }
-FSDP = {"H/14": 16, "g/14": 16}
-UNROLLED = 24  # networks of up to so many layers are no loop in either formulation
 
 CLASSES, EXAMPLES = 1000, 1_281_167  # ImageNet-1k
 
@@ -58,8 +58,10 @@ def _flax() -> Callable[[Any], Any]:
 
 FORMULATIONS = {
     "vit_jax": Formulation(_ours, {"scan": True}),
+    "vit_jax, a loop": Formulation(_ours, {"scan": True, "unroll": 1}),
     "vit_jax, pallas": Formulation(_ours, {"scan": True, "attention": "pallas"}),
     "Flax layers": Formulation(_flax, {}),
+    "Flax layers, a loop": Formulation(_flax, {"scan": True}),
 }
 
 
@@ -67,10 +69,10 @@ def configuration(model: str, formulation: str) -> Any:
     """`configs/vit_i1k.py:MODEL`, without dropout and the pre-training head."""
     from configs.vit_i1k import get_config
     from vit_jax.models.variants import decode_variant
+    from vit_jax.models.vit import UNROLLED
 
     config = get_config(model)
-    config.mesh.fsdp = FSDP.get(model, 1)
-    shallow = decode_variant(model)[0].depth <= UNROLLED
+    shallow = decode_variant(model)[0].depth <= UNROLLED  # no loop in either formulation
     fields = {"dropout": 0.0, "representation_size": None, "remat": "dots", "scan": not shallow}
     config.model.update({**fields, **FORMULATIONS[formulation].fields})
     return config
@@ -110,6 +112,7 @@ def measure(model: str, target: Any, formulation: str, per_device: int) -> dict[
 
 # --- Tables -------------------------------------------------------------------------------
 
+MARK = "<!-- tpu_step -->"  # in a page, before and after the table
 HEAD = (
     *("model", "slice", "batch a device", "formulation", "GB moved", "of Flax layers'"),
     *("GiB needed", "of Flax layers'", "GiB sent", "products, ms", "HBM, ms", "MFU at most"),
@@ -174,6 +177,7 @@ def define_flags() -> None:
         "Ways to write the network; may be repeated.",
     )
     flags.DEFINE_string("output", "docs/planning/tpu_step.json", "The JSON file to write.")
+    flags.DEFINE_string("page", None, "A page of Markdown to put the table into.")
 
 
 def check(models: list[str], topologies: list[str]) -> None:
@@ -211,6 +215,8 @@ def main(positional: list[str]) -> None:
                 print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(table(rows))
     print("\n".join(movers(row) for row in rows if row["movers"]))
+    if given.page:
+        report.fill(Path(given.page), table(rows), MARK)
 
 
 if __name__ == "__main__":

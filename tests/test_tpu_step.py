@@ -52,7 +52,7 @@ def test_what_it_does_not_know_is_named(models, topologies, message):
 def test_the_formulations_differ_in_nothing_but_the_network():
     ours, theirs = (tpu_step.configuration("H/14", n) for n in ("vit_jax", "Flax layers"))
     assert ours.to_dict() == theirs.to_dict()
-    assert ours.mesh.fsdp == 16
+    assert ours.model.scan
 
 
 def test_precision_forces_the_rules_of_another_platform_for_a_while():
