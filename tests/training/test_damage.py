@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import jax
@@ -63,6 +64,15 @@ def files_of(workdir):
 
 
 # --- Damage -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.int32, np.bool_])
+@pytest.mark.parametrize("shape", [(), (0, 3), (3, 5, 7)])
+def test_the_digest_of_an_array_is_zlibs_of_its_bytes(shape, dtype):
+    x = np.asarray(np.random.default_rng(0).integers(0, 2, shape)).astype(dtype)
+    expected = f"{zlib.crc32(x.tobytes()):08x}"
+    assert digests.of_array(x) == expected
+    assert digests.of_array(x.T) == f"{zlib.crc32(x.T.tobytes()):08x}"
 
 
 def test_a_flipped_bit_in_array_data_costs_training_the_newest_state(workdir, capsys):

@@ -13,7 +13,6 @@ four billion times. It is no protection against somebody who forges a checkpoint
 import json
 import math
 import os
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from zlib_ng import zlib_ng
 
 from vit_jax import bounded
 from vit_jax.training import sharding
@@ -57,12 +57,12 @@ class Digests(NamedTuple):
 
 def of_array(x: np.ndarray) -> str:
     """CRC-32 of the elements in C order, as 8 hexadecimal digits."""
-    return f"{zlib.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data):08x}"
+    return f"{zlib_ng.crc32(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data):08x}"
 
 
 def of_json(value: Any) -> str:
     """CRC-32 of a JSON value, whatever the order of its keys and the spaces of its file."""
-    return f"{zlib.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
+    return f"{zlib_ng.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
 def box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
