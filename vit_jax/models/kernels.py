@@ -1,8 +1,8 @@
 """Matrix products, and the one place where precision is decided, for each platform.
 
 `model.dtype` names the operands of every matrix product; sums are float32 in all of them.
-Parameters, their gradients, the optimiser's moments and averaged weights are float32 always,
-and so are the statistics of LayerNorm and softmax, the logits and the loss. What stands
+Parameters, the gradients that the optimiser gets, its moments and averaged weights are float32
+always, and so are the statistics of LayerNorm and softmax, the logits and the loss. What stands
 between two operations is a matter of where it runs (`stored`):
 
   model.dtype            float32          bfloat16, CPU    bfloat16, GPU and TPU
@@ -14,7 +14,8 @@ between two operations is a matter of where it runs (`stored`):
   dropout: result        float32          float32          bfloat16, computed in float32
   residual stream        float32          float32          bfloat16, added up in float32
   gradients of all these float32          float32          bfloat16, computed in float32
-  gradients of weights   float32          float32          float32
+  gradients of kernels   float32          float32          bfloat16, added up in float32;
+                                                           float32 over micro-batches
 
 On a CPU a product that returns bfloat16 is slower than one in float32 (docs/performance.md). On
 accelerators what is moved costs more than what is computed: a float32 array between two
@@ -105,13 +106,19 @@ def _axes(first: int, last: int) -> tuple[int, ...]:
     return tuple(range(first, last))
 
 
-def _dot(x: jax.Array, y: jax.Array, of_x: tuple[int, ...], of_y: tuple[int, ...]) -> jax.Array:
+def _dot(
+    x: jax.Array,
+    y: jax.Array,
+    of_x: tuple[int, ...],
+    of_y: tuple[int, ...],
+    result: Any = jnp.float32,
+) -> jax.Array:
     """Sums over the axes `of_x` and `of_y` of bfloat16 arrays, in float32.
 
-    The float32 result is written nowhere: XLA fuses the conversion that follows into it.
+    A float32 result is written nowhere: XLA fuses the conversion that follows into it.
     """
     x, y = x.astype(jnp.bfloat16), y.astype(jnp.bfloat16)
-    return lax.dot_general(x, y, ((of_x, of_y), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(x, y, ((of_x, of_y), ((), ())), preferred_element_type=result)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -138,11 +145,15 @@ def _affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, result: Any
 
 
 def _affine_backwards(result: Any, saved: Any, g: jax.Array) -> Any:
-    """The gradient of `x` in its own type, those of the weights in float32."""
+    """The gradient of `x` in its own type, those of the weights in theirs.
+
+    That of the kernel is first of type `result`: bfloat16 before devices add theirs up halves
+    what they send. So do the peers, whose layers return bfloat16.
+    """
     x, kernel, bias = saved
     batch = _axes(0, x.ndim - 1)
     dx = _dot(g, kernel, _axes(x.ndim - 1, g.ndim), _axes(1, kernel.ndim)).astype(x.dtype)
-    dw = _dot(x, g, batch, batch).astype(kernel.dtype)
+    dw = _dot(x, g, batch, batch, result).astype(kernel.dtype)
     db = None if bias is None else g.astype(jnp.float32).sum(batch).astype(bias.dtype)
     return dx, dw, db
 
