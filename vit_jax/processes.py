@@ -285,6 +285,8 @@ class _Watch:
     def leave(self) -> None:
         """Tells the others that this end is meant, once all have come so far."""
         multihost_utils.sync_global_devices("done")
+        # JAX's own end waits for the others, too, and aborts where one dies meanwhile.
+        jax.distributed.shutdown()
         self._leaving.set()
         self._tell(_DONE)
 
