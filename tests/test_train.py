@@ -129,6 +129,25 @@ def test_stopping_by_signal_and_resuming_is_bit_identical(
     assert_same_run(tmp_path, finished[0])
 
 
+def test_an_evaluation_that_is_cut_short_again_and_again_is_made_in_the_end(
+    finished, tmp_path, monkeypatch
+):
+    original = sharding.put_batch
+
+    def put_and_interrupt(batch, mesh):
+        if "mask" in batch:  # of an evaluation
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(batch, mesh)
+
+    monkeypatch.setattr(sharding, "put_batch", put_and_interrupt)
+    for _ in range(3):
+        assert trainer.train(tiny(), tmp_path) == {}
+        assert int(final_state(tmp_path).step) == 8
+    monkeypatch.undo()
+    trainer.train(tiny(), tmp_path)
+    assert_same_run(tmp_path, finished[0])
+
+
 def test_a_damaged_last_checkpoint_costs_only_the_steps_since_the_one_before(
     finished, tmp_path, capsys
 ):

@@ -459,6 +459,8 @@ def loop(
         keep_if_best(first_step, result)  # in case the run ended while that was being written
     elif first_step and plan.due(first_step, plan.eval_every):
         result = evaluate_now(first_step)
+        if result is None:  # cut short once more: after another step nobody would make it
+            return {}
 
     batches = pipeline.train_batches(run.source, first_step=first_step, **run.train_reading)
     traced = parse_profile(run.config.profile) if processes.is_first() else None
