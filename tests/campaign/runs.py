@@ -103,6 +103,8 @@ def start(
       before: what comes before Python on the command line.
       **how: for `subprocess.Popen`.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of what a shell put aside with &
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else the run ignores it, too
     command = [*before, sys.executable, *program, f"--config={CONFIG}"]
     command += [f"--workdir={workdir}", *flags]
     env = environment(room)
