@@ -27,7 +27,7 @@ from vit_jax.errors import UserError
 
 # Examples a device, by model and the kind of chip.
 BATCHES = {
-    "B/16": {"v5e": 64, "v6e": 128, "v4": 128, "v5p": 256},
+    "B/16": {"v5e": 64, "v6e": 64, "v4": 64, "v5p": 128},
     "L/16": {"v5e": 32, "v6e": 64, "v4": 64, "v5p": 128},
     "H/14": {"v5e": 16, "v6e": 32, "v4": 32, "v5p": 64},
     "g/14": {"v5e": 16, "v6e": 32, "v4": 32, "v5p": 64},
@@ -130,7 +130,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _cells(row: dict[str, Any], theirs: dict[str, Any] | None) -> list[str]:
     first = [row["model"], row["topology"], str(row["per_device_batch"]), row["formulation"]]
     if row["traffic"] is None:
-        return [*first, "refused", "", f"{(row['memory'] or 0) / 2**30:.2f}", *[""] * 5]
+        why = "refused" if row["refusal"] else "not known"
+        return [*first, why, "", f"{(row['memory'] or 0) / 2**30:.2f}", *[""] * 5]
 
     def share(field: str) -> str:
         if theirs is None or not theirs[field]:

@@ -259,6 +259,28 @@ def test_collectives_of_a_compiled_program_with_divided_weights():
     assert found["all-reduce"].bytes == 6 * layer
 
 
+def test_a_program_that_cannot_be_printed_still_has_a_plan(monkeypatch):
+    class Unprintable:
+        def __init__(self, compiled):
+            self.memory_analysis = compiled.memory_analysis
+
+        def as_text(self):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure of the printer")
+
+    compiled = jax.stages.Lowered.compile
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: Unprintable(compiled(self)))
+    found = make_plan(experiment.with_computation_chosen(tiny()), HERE, 10, 1437, 16)
+    assert found.traffic is None
+    assert found.memory.needed > 0
+    assert found.fits
+    [note] = found.notes
+    assert "cannot print its program (INTERNAL: RET_CHECK" in note
+    text = page.describe(found)
+    assert note in text
+    assert "exchange" not in text
+    assert "no estimate" not in text
+
+
 # --- FLOPs --------------------------------------------------------------------------------
 
 

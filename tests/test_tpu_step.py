@@ -32,9 +32,11 @@ def test_a_refusal_is_a_row_too():
     row = {
         "model": "B/16", "topology": "v5e:4x4", "per_device_batch": 9, "formulation": "vit_jax",
         "traffic": None, "memory": 20 << 30, "sent": 0, "estimate": None, "movers": [],
+        "refusal": "too large",
     }  # fmt: skip
     assert "| refused | " in tpu_step.table([row])
     assert "| 20.00 | " in tpu_step.table([row])
+    assert "| not known | " in tpu_step.table([row | {"refusal": None}])
 
 
 @pytest.mark.parametrize(

@@ -37,11 +37,12 @@ def describe(plan: Plan) -> str:
         lines += [f"  {name:11}{gib(size):>12}" for name, size in memory.items()]
         of = f" of {gib(plan.limit)}" if plan.limit else ""
         lines.append(f"  {'needed':11}{gib(plan.memory.needed):>12}{of}")
+    if plan.traffic is not None:
         lines += _describe_movers(plan)
         lines += _describe_collectives(plan.collectives)
     if plan.estimate:
         lines += _describe_estimate(plan.estimate)
-    elif plan.memory:
+    elif plan.traffic is not None:
         lines.append("no estimate of time: nothing is known here of what these devices can do")
     lines += [f"note: {note}" for note in plan.notes]
     took = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in plan.seconds.items())

@@ -212,7 +212,13 @@ def _compile(lowered: Any) -> _Compiled:
     except jax.errors.JaxRuntimeError as error:
         refusal, used = refused(str(error))
         return _Compiled(refusal=refusal, used=used)
-    program, memory = Program(compiled.as_text()), memory_of(compiled)
+    memory = memory_of(compiled)
+    try:
+        program = Program(compiled.as_text())
+    except jax.errors.JaxRuntimeError as error:  # seen of libtpu 0.0.52
+        reason = str(error).splitlines()[0][:100]
+        note = f"XLA cannot print its program ({reason}): what is moved and sent is not known"
+        return _Compiled(memory, notes=(note,), used=memory.needed)
     collectives, traffic = tuple(program.collectives()), program.traffic()
     movers = tuple(program.movers()[:MOVERS])
     loops = len(program.unknown_loops)
