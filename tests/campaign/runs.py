@@ -83,6 +83,10 @@ def environment(room: Path) -> dict[str, str]:
 TRAIN = ("-m", "vit_jax.train")
 
 
+def _pass(number: int, frame: object) -> None:
+    """Nothing happens, which the processes that are started do not inherit."""
+
+
 def start(
     room: Path,
     workdir: Path,
@@ -103,8 +107,13 @@ def start(
       before: what comes before Python on the command line.
       **how: for `subprocess.Popen`.
     """
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as of what a shell put aside with &
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # else the run ignores it, too
+    # What is ignored here, as after `nohup` or behind `&`, the run would ignore, too.
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, _pass),
+    ):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
     command = [*before, sys.executable, *program, f"--config={CONFIG}"]
     command += [f"--workdir={workdir}", *flags]
     env = environment(room)

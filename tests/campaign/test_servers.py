@@ -28,5 +28,5 @@ def test_each_of_these_servers_by_itself(tmp_path, answers, outcome):
 @pytest.mark.campaign
 def test_a_download_ends_with_the_right_file_or_a_sentence(tmp_path):
     done = servers.run(tmp_path, trials=20, seed=0)
-    assert [trial for trial in done if trial[1] not in ("fetched", "refused")] == []
-    assert {outcome for _, outcome in done} == {"fetched", "refused"}
+    assert [trial for trial in done if trial.came not in ("fetched", "refused")] == []
+    assert {trial.came for trial in done} == {"fetched", "refused"}

@@ -106,8 +106,10 @@ def no_aftermath() -> Iterator[None]:
     """Once a write has failed, TensorStore prints a traceback for each that was under way.
 
     It reports their ends to an event loop that Orbax has closed by then: in two of three saves
-    that met a full disk, dozens of times.
+    that met a full disk, dozens of times. And asyncio tells of writes whose failure nobody asks
+    for any more, whenever it forgets them: that is silenced for good.
     """
+    logging.getLogger("asyncio").addFilter(_is_asked_for)
     before = sys.unraisablehook
 
     def hook(said: Any) -> None:
@@ -119,6 +121,10 @@ def no_aftermath() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+
+
+def _is_asked_for(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
 
 
 def seconds_to_save(checkpoint: Path) -> float | None:
