@@ -1,60 +1,38 @@
-"""Makes the tables of docs/planning.md: `python docs/planning/make_table.py`, with libtpu.
+"""Makes the table of largest batches of docs/planning.md: `python docs/planning/make_table.py`.
 
-Compiles what has no JSON file beside this script yet (minutes each; remove a file to have it
-made anew), and writes the tables into the page. With `--table` it only writes the tables.
+With libtpu. Compiles what has no JSON file beside this script yet (minutes each; remove a file
+to have it made anew), and writes the table into the page. With `--table` it only writes.
 """
 
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "planning.md"
 I1K = "--config=configs/vit_i1k.py:"
 
-# Name of the file, configuration, slice, fsdp (None: what the configuration does by itself),
-# examples a device.
-CASES = (
-    ("b16_v5e-4x4", "B/16", "v5e:4x4", None, 64),
-    ("b16_v5e-4x4_copies", "B/16", "v5e:4x4", 1, 64),
-    ("l16_v5e-4x4", "L/16", "v5e:4x4", None, 32),
-    ("l16_v5e-4x4_copies", "L/16", "v5e:4x4", 1, 32),
-    ("l16_v6e-4x4", "L/16", "v6e:4x4", None, 64),
-    ("h14_v5e-4x4", "H/14", "v5e:4x4", None, 8),
-    ("giant14_v5e-4x4", "g/14", "v5e:4x4", None, 8),
-    ("gigantic14_v5e-4x4", "G/14", "v5e:4x4", None, 4),
-    ("b16_v5e-16x16", "B/16", "v5e:16x16", None, 64),
-    ("l16_v5e-16x16", "L/16", "v5e:16x16", None, 32),
-    ("h14_v5e-16x16", "H/14", "v5e:16x16", 256, 16),
-    ("giant14_v5e-16x16", "g/14", "v5e:16x16", 128, 8),
-    ("gigantic14_v5e-16x16", "G/14", "v5e:16x16", 256, 16),
-    ("gigantic14_v5e-16x16_128", "G/14", "v5e:16x16", 128, 8),
-    ("l16_v4-4x4x4", "L/16", "v4:4x4x4", None, 64),
-    ("b16_v5p-4x4x4", "B/16", "v5p:4x4x4", 64, 32),
-    ("gigantic14_v5p-4x4x4", "G/14", "v5p:4x4x4", 64, 32),
-)
-
-# Of these the largest batch is searched: the same, without the examples. Names differ by more
-# than their case, which some file systems do not see.
-NETWORKS = (("b16", "B/16"), ("l16", "L/16"), ("h14", "H/14"))
-NETWORKS += (("giant14", "g/14"), ("gigantic14", "G/14"))
-LARGEST = tuple(
-    (f"largest_{name}_{slice_.replace(':', '-')}", variant, slice_, None)
-    for slice_ in ("v5e:4x4", "v6e:4x4", "v4:4x4x4", "v5p:4x4x4", "v5e:16x16")
-    for name, variant in NETWORKS
-)
+# Names of files differ by more than their case, which some file systems do not see.
+NETWORKS = {
+    "b16": "B/16",
+    "l16": "L/16",
+    "h14": "H/14",
+    "giant14": "g/14",
+    "gigantic14": "G/14",
+}
+SLICES = ("v5e:4x4", "v6e:4x4", "v4:4x4x4", "v5p:4x4x4", "v5e:16x16")
+CASES = [
+    (HERE / f"largest_{name}_{slice_.replace(':', '-')}.json", variant, slice_)
+    for slice_ in SLICES
+    for name, variant in NETWORKS.items()
+]
 
 
-def command(
-    name: str, variant: str, topology: str, fsdp: int | None, batch: int | None = None
-) -> list[str]:
-    size = [f"--per_device_batch={batch}"] if batch else ["--search", "--policy=dots"]
-    mesh = [f"--config.mesh.fsdp={fsdp}"] if fsdp else []
+def command(path: Path, variant: str, topology: str) -> list[str]:
     return [
         *(sys.executable, "-m", "vit_jax.plan", I1K + variant, f"--topology={topology}"),
-        *("--config.model.unroll=1", *mesh, *size, f"--output={HERE / name}.json"),
+        *("--config.model.unroll=1", "--search", "--policy=dots", f"--output={path}"),
     ]
 
 
@@ -91,28 +69,25 @@ HEAD = (
 )
 
 
-def found(cases: Iterable[tuple]) -> list[dict]:
-    """The plan of each case that has a file; of a search, the one with the largest batch."""
-    paths = [HERE / f"{name}.json" for name, *_ in cases]
-    read = [json.loads(path.read_text()) for path in paths if path.exists()]
+def largest(path: Path) -> dict:
+    """Of the plans of a search that with the largest batch that fits."""
     size = lambda plan: plan["fits"] * plan["per_device_batch"]
-    return [max(plan["dots"], key=size) if "dots" in plan else plan for plan in read]
+    return max(json.loads(path.read_text())["dots"], key=size)
 
 
-def write_table(name: str, plans: list[dict]) -> None:
-    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+def write_table(plans: list[dict]) -> None:
+    begin, end = "<!-- largest batches -->\n", "<!-- end of largest batches -->\n"
     lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|", *map(row, plans)]
     before, _, rest = PAGE.read_text().partition(begin)
     PAGE.write_text(before + begin + "\n".join(lines) + "\n" + end + rest.partition(end)[2])
 
 
 def main() -> None:
-    for case in (*LARGEST, *CASES):
-        if "--table" not in sys.argv and not (HERE / f"{case[0]}.json").exists():
+    for case in CASES:
+        if "--table" not in sys.argv and not case[0].exists():
             print(" ".join(command(*case)[1:]), flush=True)
             subprocess.run(command(*case), cwd=HERE.parent.parent, check=False)
-    write_table("table", found(CASES))
-    write_table("largest batches", found(LARGEST))
+    write_table([largest(path) for path, *_ in CASES if path.exists()])
 
 
 if __name__ == "__main__":
