@@ -312,12 +312,17 @@ _compact.defvjp(_compact_forwards, _compact_backwards)
 # --- Fused kernels ------------------------------------------------------------------------
 
 
-def _why_not_pallas(q: jax.Array, k: jax.Array, dtype: str) -> str | None:
-    """A reason why our kernel for TPUs cannot be used here, or None if it can."""
+def _why_not_on_tpu(q: jax.Array, k: jax.Array) -> str | None:
+    """A reason why no kernel for TPUs can be used here, or None if there is none."""
     if devices.platform() != "tpu":
         return f"this is no TPU but {devices.platform()}"
-    if q.shape != k.shape:
-        return "queries and keys are not the same tokens"
+    return "queries and keys are not the same tokens" if q.shape != k.shape else None
+
+
+def _why_not_pallas(q: jax.Array, k: jax.Array, dtype: str) -> str | None:
+    """A reason why our kernel for TPUs cannot be used here, or None if it can."""
+    if (reason := _why_not_on_tpu(q, k)) is not None:
+        return reason
     from vit_jax.models import tpu_attention  # Pallas takes long to import
 
     return tpu_attention.why_not(q.shape[1], q.shape[3], dtype)
@@ -325,10 +330,8 @@ def _why_not_pallas(q: jax.Array, k: jax.Array, dtype: str) -> str | None:
 
 def _why_not_splash(q: jax.Array, k: jax.Array, dtype: str, biased: bool) -> str | None:
     """A reason why JAX's kernel for TPUs cannot be used here, or None if it can."""
-    if devices.platform() != "tpu":
-        return f"this is no TPU but {devices.platform()}"
-    if q.shape != k.shape:
-        return "queries and keys are not the same tokens"
+    if (reason := _why_not_on_tpu(q, k)) is not None:
+        return reason
     if dtype != "bfloat16":
         return f"model.dtype is {dtype!r}, not 'bfloat16'"
     return "model.relative adds a bias to the scores" if biased else None
