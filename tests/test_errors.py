@@ -51,7 +51,7 @@ def test_the_words_of_tensorstore_are_understood():
     record.exc_info = (ValueError, ValueError("other"), None)
     assert cli._is_news(record)
     record.msg = "Task exception was never retrieved\nfuture: <Task finished>"  # of asyncio
-    assert not cli._is_news(record)
+    assert not stored._is_asked_for(record)
 
 
 def test_what_orbax_logs_and_then_raises_is_not_said_twice():

@@ -118,21 +118,11 @@ def _say_once() -> None:
     On a full disk Orbax and what it is made of do that, a hundred times over, before the main
     thread hears of it.
     """
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_is_news)
-    # How TensorStore's threads end whose reader has given up by then.
-    show, given_up = sys.unraisablehook, "Event loop is closed"
-    sys.unraisablehook = lambda told: None if str(told.exc_value) == given_up else show(told)
+    logging.getLogger("absl").addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of a log is something else than the traceback of what `run` says.
-
-    When one write of a checkpoint has failed and that is raised, asyncio tells of the others,
-    for which nobody asks any more.
-    """
-    if "exception was never retrieved" in record.getMessage():
-        return False
+    """Whether a line of a log is something else than the traceback of what `run` says."""
     error = record.exc_info[1] if record.exc_info else None
     return error is None or of_system(error) is None
 

@@ -178,7 +178,7 @@ for attempt in range(2):
 
 
 def test_a_full_disk_is_said_once(tmp_path):
-    """Without `no_aftermath`, two of three such saves show dozens of tracebacks."""
+    """Two of three such saves would show dozens of tracebacks."""
     command = [sys.executable, "-c", FULL, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.stdout.count("could not be written") == 2, done.stderr

@@ -34,7 +34,6 @@ class Checkpoints:
         self._last = stored.manager(workdir / "checkpoints", keep)
         self._best = stored.manager(workdir / "best", 1)
         self._best_score: float | None = None  # not known yet
-        self._quiet = contextlib.ExitStack()
 
     def card(self) -> Card | None:
         """The card of the newest checkpoint that has an intact one, or None.
@@ -187,12 +186,11 @@ class Checkpoints:
             ) from error
 
     def __enter__(self) -> "Checkpoints":
-        self._quiet.enter_context(stored.no_aftermath())
         return self
 
     def __exit__(self, *exception: object) -> None:
         """Waits until everything is on disk."""
-        with self._quiet, self._sentence():
+        with self._sentence():
             try:
                 self._last.close()
             finally:

@@ -11,7 +11,7 @@ import gc
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +44,29 @@ def _not_raised_too(record: logging.LogRecord) -> bool:
     return (record.levelno < logging.ERROR and not missing) or "orbax" not in record.pathname
 
 
-logging.getLogger("absl").addFilter(_not_raised_too)
+def _is_asked_for(record: logging.LogRecord) -> bool:
+    """Keeps to itself what asyncio says of reads and writes that were given up."""
+    return "exception was never retrieved" not in record.getMessage()
+
+
+def _silence_what_was_given_up() -> None:
+    """Once one read or write has failed, and that is raised, the others are given up.
+
+    TensorStore's threads report the ends of those to an event loop that Orbax has closed by
+    then, dozens of times and at any moment after, and Python shows a traceback for each.
+    """
+    logging.getLogger("absl").addFilter(_not_raised_too)
+    logging.getLogger("asyncio").addFilter(_is_asked_for)
+    show = sys.unraisablehook
+
+    def hook(said: Any) -> None:
+        if str(said.exc_value) != "Event loop is closed":
+            show(said)
+
+    sys.unraisablehook = hook
+
+
+_silence_what_was_given_up()
 
 
 # --- Writing ------------------------------------------------------------------------------
@@ -99,32 +121,6 @@ def save(to: ocp.CheckpointManager, step: int, tree: Any, card: Card) -> None:
         digests.FOLDER: _DigestSave(tree, card),
     }
     to.save(step, args=ocp.args.Composite(**items), force=True)
-
-
-@contextlib.contextmanager
-def no_aftermath() -> Iterator[None]:
-    """Once a write has failed, TensorStore prints a traceback for each that was under way.
-
-    It reports their ends to an event loop that Orbax has closed by then: in two of three saves
-    that met a full disk, dozens of times. And asyncio tells of writes whose failure nobody asks
-    for any more, whenever it forgets them: that is silenced for good.
-    """
-    logging.getLogger("asyncio").addFilter(_is_asked_for)
-    before = sys.unraisablehook
-
-    def hook(said: Any) -> None:
-        if str(said.exc_value) != "Event loop is closed":
-            before(said)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-
-
-def _is_asked_for(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in record.getMessage()
 
 
 def seconds_to_save(checkpoint: Path) -> float | None:
