@@ -16,7 +16,7 @@ from benchmarks import options, peers
 from benchmarks.measure import Row
 from benchmarks.processes import Failed, Process
 from benchmarks.task import Task
-from vit_jax import cli
+from vit_jax.command_line import cli
 
 CONTESTANTS = (
     peers.OURS,

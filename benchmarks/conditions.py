@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 PACKAGES = (
     *("vit_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "torch", "timm", "transformers"),

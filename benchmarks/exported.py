@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 
 from benchmarks.task import Task
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 LOGITS = "logits.npy"

@@ -61,10 +61,12 @@ class Endless:
 
 def ours(folder: str, transform: str, size: int, batch_size: int, workers: int) -> Batches:
     """As `python -m vit_jax.train` reads, by its default of 16 threads or by processes."""
-    from vit_jax.data import pipeline, preprocess, sources
+    from vit_jax.data import pipeline
+    from vit_jax.data.sources import catalog
+    from vit_jax.data.transforms import language
 
-    source = sources.load(f"folder:{folder}", "all")
-    parsed = preprocess.parse_transform(our_transform(transform, size), (size, size))
+    source = catalog.load(f"folder:{folder}", "all")
+    parsed = language.parse_transform(our_transform(transform, size), (size, size))
     if transform == EVALUATION:
         batches = pipeline.eval_batches(
             Endless(source),

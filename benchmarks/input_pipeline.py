@@ -26,8 +26,8 @@ from benchmarks.peers import OURS, REFERENCE, Contestant
 from benchmarks.processes import Failed, Process
 from benchmarks.report import SHOWN, table
 from benchmarks.task import Task
-from vit_jax import cli
-from vit_jax.errors import UserError
+from vit_jax.command_line import cli
+from vit_jax.system.errors import UserError
 
 _TIMM, _TENSORFLOW = ("torch", "torchvision", "timm"), ("tensorflow",)
 CONTESTANTS = {

@@ -11,13 +11,13 @@ import optax
 
 from benchmarks.task import Task, product_size
 from vit_jax import config as configuration
+from vit_jax.distributed import sharding
 from vit_jax.models import vit
 from vit_jax.models.devices import split_by_example
 from vit_jax.models.layers import store_in
 from vit_jax.models.model import Model
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives.classification import Classification
-from vit_jax.training import sharding
 from vit_jax.training.optimizer import make_optimizer
 from vit_jax.training.step import init_state, make_train_step
 

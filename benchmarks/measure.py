@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 from benchmarks.peers import PRODUCTS, REFERENCE, Contestant, is_here
 from benchmarks.processes import Entry, Measured, measure
 from benchmarks.task import Task, product_size
-from vit_jax.atomic import replacing
 from vit_jax.models.flops import forward_flops, train_flops
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.atomic import replacing
 
 Row = dict[str, Any]
 

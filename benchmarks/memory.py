@@ -8,7 +8,7 @@ that double the last row says what fits.
 
 from benchmarks import options, peers
 from benchmarks.measure import Row, compare
-from vit_jax import cli
+from vit_jax.command_line import cli
 
 CONTESTANTS = (
     peers.OURS,

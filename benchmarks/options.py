@@ -10,9 +10,9 @@ from absl import flags
 from benchmarks import conditions, measure, peers, report
 from benchmarks.task import CLASSES, Task
 from vit_jax import config as configuration
-from vit_jax.errors import UserError
 from vit_jax.models import registry
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 DTYPES = ("float32", "bfloat16")
 

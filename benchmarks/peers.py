@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 
 class Contestant(NamedTuple):

@@ -28,12 +28,12 @@ from absl import flags
 from benchmarks import conditions
 from benchmarks.jax_contestants import flax_layers, for_flax
 from benchmarks.measure import save
-from vit_jax import cli
 from vit_jax import config as configuration
-from vit_jax.errors import UserError
+from vit_jax.command_line import cli
 from vit_jax.models import devices, vit
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives.classification import Classification
+from vit_jax.system.errors import UserError
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.step import init_state, make_train_step
 

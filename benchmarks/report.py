@@ -16,10 +16,10 @@ from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from benchmarks.measure import Row, speed_ratio
 from benchmarks.peers import OURS
-from vit_jax import cli
 from vit_jax.analysis.plots import BLUE, GREY, WIDTH, png
-from vit_jax.atomic import replacing
-from vit_jax.errors import UserError
+from vit_jax.command_line import cli
+from vit_jax.system.atomic import replacing
+from vit_jax.system.errors import UserError
 
 MIB = 2**20
 MARK = "<!-- measured -->"

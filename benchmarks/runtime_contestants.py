@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks.exported import export
 from benchmarks.task import Task
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 Infer = Callable[[], np.ndarray]  # computes the batch; (B, classes) logits
 

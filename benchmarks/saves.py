@@ -23,12 +23,12 @@ from absl import flags
 
 from benchmarks import conditions
 from benchmarks.measure import save
-from vit_jax import cli
 from vit_jax import config as configuration
-from vit_jax.errors import UserError
+from vit_jax.checkpoints import digests
+from vit_jax.checkpoints.directory import Checkpoints
+from vit_jax.command_line import cli
 from vit_jax.models import registry
-from vit_jax.training import digests
-from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.system.errors import UserError
 
 CARD = {"variant": "of a benchmark"}
 

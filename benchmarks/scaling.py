@@ -18,7 +18,7 @@ from benchmarks.measure import Row, work
 from benchmarks.processes import Entry, measure
 from benchmarks.report import table
 from benchmarks.task import Task
-from vit_jax import cli
+from vit_jax.command_line import cli
 
 FACTORS = (1, 2, 4)
 AXES = ("tokens", "depth", "width", "batch", "devices")

@@ -26,13 +26,13 @@ from absl import flags
 
 from benchmarks import conditions, report
 from benchmarks.measure import save
-from vit_jax import cli
-from vit_jax.errors import UserError
+from vit_jax.command_line import cli
+from vit_jax.distributed import sharding
 from vit_jax.models import attention, devices
 from vit_jax.planning.program import Program
 from vit_jax.planning.step import memory_of
 from vit_jax.planning.target import topology
-from vit_jax.training import sharding
+from vit_jax.system.errors import UserError
 
 HEADS, WIDTH = 16, 64  # of L/16
 TOKENS = 16_384  # on a chip at most: more than fit into its fast memory

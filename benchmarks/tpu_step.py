@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from benchmarks import report
-from vit_jax import cli
-from vit_jax.errors import UserError
+from vit_jax.command_line import cli
+from vit_jax.system.errors import UserError
 
 # Examples a device, by model and the kind of chip.
 BATCHES = {
@@ -80,8 +80,8 @@ def measure(model: str, target: Any, formulation: str, per_device: int) -> dict[
     Raises:
       UserError: the compiler refuses the step for another reason than memory.
     """
+    from vit_jax.distributed import sharding
     from vit_jax.planning.step import make_plan
-    from vit_jax.training import sharding
 
     config = configuration(model, formulation)
     shares = sharding.shares(sharding.make_mesh(config.mesh, target.devices))

@@ -8,7 +8,7 @@ from absl import flags
 
 from benchmarks import options, peers
 from benchmarks.measure import compare
-from vit_jax import cli
+from vit_jax.command_line import cli
 
 CONTESTANTS = (
     peers.OURS,

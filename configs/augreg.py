@@ -33,7 +33,7 @@ import re
 from ml_collections import ConfigDict
 
 from vit_jax import config as base
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 MODELS = {
     "ti16": "augreg:Ti_16",

@@ -17,7 +17,7 @@ scratch at the same number of steps (measured values: docs/results.md).
 from ml_collections import ConfigDict
 
 from vit_jax import config as base
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 
 def get_config(phase: str = "pretrain") -> ConfigDict:

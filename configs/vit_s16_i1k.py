@@ -9,9 +9,9 @@ to report is `python -m vit_jax.evaluate --workdir=... --split=validation`.
 Cost: 90 epochs take 6 h 30 min on a TPUv3-8 in the paper; 3.2 exaFLOPs (computed).
 Expected top-1 on the validation split: 76.5 (90 epochs), 78.5 (150), 80.0 (300). Not yet
 reproduced here. RandAugment is that of the code that these numbers were made with, its slips
-included (`quirks=True`, see vit_jax/data/augment.py): at magnitude 10 its Solarize inverts the
-whole image, where as written it would do nothing, and its Contrast blends with a constant. An
-independent reproduction without the latter found no harm in it.
+included (`quirks=True`, see vit_jax/data/transforms/augment.py): at magnitude 10 its Solarize
+inverts the whole image, where as written it would do nothing, and its Contrast blends with a
+constant. An independent reproduction without the latter found no harm in it.
 
 Known differences: the original cuts off the fraction of a level when it resizes, in training
 and evaluation, where we round, half a level of 255 more on average (`resize_shorter(256,

@@ -1,7 +1,7 @@
 import pytest
 
-from vit_jax.atomic import replacing
-from vit_jax.errors import UserError
+from vit_jax.system.atomic import replacing
+from vit_jax.system.errors import UserError
 
 
 def test_a_file_appears_when_it_is_complete(tmp_path):

@@ -23,9 +23,9 @@ from benchmarks import (
 )
 from benchmarks.task import CLASSES, Task
 from vit_jax import config as configuration
-from vit_jax import experiment
-from vit_jax.errors import UserError
 from vit_jax.models.model import count_parameters
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 ROOT = Path(__file__).parents[1]
 TINY = Task((8, 8), 4, 2, 16, 32, 2, 4, "float32", True, "cpu")

@@ -5,12 +5,12 @@ import time
 import numpy as np
 import pytest
 
-from vit_jax import bounded
-from vit_jax.data import folder, labels
 from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.sources import folder, label_files
 from vit_jax.embed import one_line
-from vit_jax.errors import UserError
-from vit_jax.interop import files
+from vit_jax.interop import weight_files
+from vit_jax.system import bounded
+from vit_jax.system.errors import UserError
 
 
 def odd_files(root):
@@ -34,14 +34,14 @@ def test_what_is_no_image_file_is_a_bad_image_at_once(tmp_path):
 def test_weights_are_regular_files(tmp_path):
     for path in odd_files(tmp_path):
         with pytest.raises(UserError, match=r"pipe|device|first bytes"):
-            files.read(path)
+            weight_files.read(path)
 
 
 def test_brackets_without_end_are_a_mistake_like_others(tmp_path):
     path = tmp_path / "labels.jsonl"
     path.write_text("[" * 200_000 + "\n")
     with pytest.raises(UserError, match=r"line 1 is no JSON object"):
-        labels.open_listed(labels.listed_in_file(path), "train")
+        label_files.open_listed(label_files.listed_in_file(path), "train")
     with pytest.raises(ValueError, match="nested too deeply"):
         bounded.parse_json("[" * 200_000)
 
@@ -51,7 +51,7 @@ def test_a_line_of_labels_has_an_end(tmp_path, name):
     (tmp_path / name).touch()
     os.truncate(tmp_path / name, 10_000_000_000)
     with pytest.raises(UserError, match=r"line 1 has 1,048,576 characters or more"):
-        labels.open_listed(labels.listed_in_file(tmp_path / name), "train")
+        label_files.open_listed(label_files.listed_in_file(tmp_path / name), "train")
 
 
 def test_a_link_to_itself_is_no_folder(tmp_path):
@@ -67,18 +67,18 @@ def test_a_header_of_many_empty_arrays_is_refused_before_it_is_parsed(tmp_path, 
     header = json.dumps({str(i): entry for i in range(60_000)}).encode()
     path = tmp_path / "x.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
-    monkeypatch.setattr(files.json, "loads", lambda *a, **k: pytest.fail("it is parsed"))
+    monkeypatch.setattr(weight_files.json, "loads", lambda *a, **k: pytest.fail("it is parsed"))
     with pytest.raises(UserError, match=r"declares 60001 arrays or more"):
-        files.read(path)
+        weight_files.read(path)
     path.write_bytes((9 << 20).to_bytes(8, "little") + b"{" + b" " * (9 << 20))
     with pytest.raises(UserError, match=r"table of contents of 9437184 bytes"):
-        files.read(path)
+        weight_files.read(path)
 
 
 def test_many_arrays_are_read_as_ever(tmp_path):
     arrays = {str(i): np.zeros(2, np.float32) for i in range(2000)}
-    files.write_safetensors(tmp_path / "x.safetensors", arrays)
-    assert len(files.read(tmp_path / "x.safetensors")[0]) == 2000
+    weight_files.write_safetensors(tmp_path / "x.safetensors", arrays)
+    assert len(weight_files.read(tmp_path / "x.safetensors")[0]) == 2000
 
 
 @pytest.mark.parametrize(

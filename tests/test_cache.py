@@ -3,7 +3,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from vit_jax import cache
+from vit_jax.system import cache
 
 
 @pytest.fixture

@@ -6,10 +6,10 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from vit_jax import cli
 from vit_jax import config as configuration
+from vit_jax.command_line import cli
 from vit_jax.config import get_config, set_duration, steps
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 
 def test_a_misspelt_field_is_refused():

@@ -9,11 +9,12 @@ from ml_collections import ConfigDict
 
 from tests.interop import tiny_models
 from vit_jax import config as configuration
-from vit_jax import experiment, sweep
+from vit_jax import sweep
 from vit_jax import train as trainer
-from vit_jax.errors import UserError
 from vit_jax.interop import timm
 from vit_jax.models.variants import decode_variant
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ARGUMENTS = {

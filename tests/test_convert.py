@@ -10,11 +10,12 @@ from PIL import Image
 
 from tests.test_doors import assert_one_sentence, run
 from tests.tiny_config import tiny
-from vit_jax import convert, trained
+from vit_jax import convert
 from vit_jax import train as trainer
-from vit_jax.errors import UserError
-from vit_jax.interop.positions import resize_embedding
-from vit_jax.training import sharding
+from vit_jax.checkpoints import trained
+from vit_jax.distributed import sharding
+from vit_jax.interop.resize_positions import resize_embedding
+from vit_jax.system.errors import UserError
 
 MESH = sharding.make_mesh()
 

@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
-from vit_jax import bounded, cli
-from vit_jax.bounded import Unfit
-from vit_jax.errors import UserError, about, of_system
-from vit_jax.training import stored
+from vit_jax.checkpoints import orbax_io
+from vit_jax.command_line import cli
+from vit_jax.system import bounded
+from vit_jax.system.bounded import Unfit
+from vit_jax.system.errors import UserError, about, of_system
 
 
 @pytest.mark.parametrize(
@@ -51,12 +52,14 @@ def test_the_words_of_tensorstore_are_understood():
     record.exc_info = (ValueError, ValueError("other"), None)
     assert cli._is_news(record)
     record.msg = "Task exception was never retrieved\nfuture: <Task finished>"  # of asyncio
-    assert not stored._is_asked_for(record)
+    assert not orbax_io._is_asked_for(record)
 
 
 def test_what_orbax_logs_and_then_raises_is_not_said_twice():
     def passes(level, text, path="site-packages/orbax/checkpoint/x.py"):
-        return stored._not_raised_too(logging.LogRecord("absl", level, path, 1, text, (), None))
+        return orbax_io._not_raised_too(
+            logging.LogRecord("absl", level, path, 1, text, (), None)
+        )
 
     assert not passes(logging.ERROR, "saving failed")
     assert not passes(logging.WARNING, "Metadata file does not exist: %s")

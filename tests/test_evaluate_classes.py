@@ -9,10 +9,12 @@ from PIL import Image
 
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import evaluate, experiment, train, trained
-from vit_jax.data import sources
-from vit_jax.errors import UserError
-from vit_jax.training import sharding
+from vit_jax import evaluate, train
+from vit_jax.checkpoints import trained
+from vit_jax.data.sources.in_memory import ArraySource
+from vit_jax.distributed import sharding
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 NAMES = ("dog", "emu", "cat")  # of the model's outputs, which are no alphabet
 
@@ -24,7 +26,7 @@ def shades(names, per_class=6, seed=0):
     labels = np.arange(per_class * len(names)) % len(names)
     images = np.stack([np.full((8, 8), levels[names[k]]) for k in labels])
     noise = rng.integers(-9, 9, images.shape)
-    return sources.ArraySource((images + noise).astype(np.uint8), labels, tuple(names), "s")
+    return ArraySource((images + noise).astype(np.uint8), labels, tuple(names), "s")
 
 
 def model_of_shades(family):

@@ -13,10 +13,14 @@ import pytest
 from PIL import Image
 
 from tests.tiny_config import tiny
-from vit_jax import evaluate, experiment, trained
-from vit_jax.data import sources
-from vit_jax.errors import UserError
-from vit_jax.training import probes, sharding
+from vit_jax import evaluate
+from vit_jax.checkpoints import trained
+from vit_jax.data.sources import catalog
+from vit_jax.data.sources.in_memory import ArraySource
+from vit_jax.distributed import sharding
+from vit_jax.evaluation import probes
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,7 +51,7 @@ def probe(model, train, test, **fields):
 
 def digits(split, model):
     """The representation of each digit, without the pipeline."""
-    source = sources.load("digits", split)
+    source = catalog.load("digits", split)
     images = np.stack([source[i]["image"] for i in range(len(source))])[..., None]
     _, out = jax.jit(model.model.apply)(model.params, images / np.float32(127.5) - 1)
     labels = np.array([source[i]["label"] for i in range(len(source))])
@@ -163,7 +167,7 @@ def test_few_shot_reads_only_the_images_it_draws():
             image = file.getvalue() if i in drawn else b"broken"
             return {"image": image, "label": int(labels[i]), "name": f"image {i}"}
 
-    model, test = untrained(0), sources.ArraySource(images, labels, tuple("abcd"), "test")
+    model, test = untrained(0), ArraySource(images, labels, tuple("abcd"), "test")
     results = probe(model, Images(), test, shots=(2,), seeds=(0, 1))
     whole = probe(model, test, test, shots=(2,), seeds=(0, 1), neighbours=(3,))
     assert results == {"few_shot": whole["few_shot"]}
@@ -172,8 +176,8 @@ def test_few_shot_reads_only_the_images_it_draws():
 
 
 def test_splits_of_different_classes_are_refused():
-    test = sources.load("synthetic:8x8x1,classes=3,examples=9", "test")
+    test = catalog.load("synthetic:8x8x1,classes=3,examples=9", "test")
     with pytest.raises(
         UserError, match=r"\(10\), the test split \[0, 1, 2\] \(3\): use splits"
     ):
-        probe(untrained(0), sources.load("digits", "train"), test, shots=(1,))
+        probe(untrained(0), catalog.load("digits", "train"), test, shots=(1,))

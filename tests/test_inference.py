@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax import experiment, inference, trained
-from vit_jax.errors import UserError
-from vit_jax.training import sharding
+from vit_jax.checkpoints import trained
+from vit_jax.distributed import sharding
+from vit_jax.evaluation import inference
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 ONE, ALL = sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh()
 

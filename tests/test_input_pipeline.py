@@ -12,8 +12,8 @@ from PIL import Image
 
 from benchmarks import input_contestants, input_pipeline, peers, processes, report
 from benchmarks.input_contestants import EVALUATION, RANDAUGMENT, TRAINING, TRANSFORMS
-from vit_jax.data import resize
-from vit_jax.errors import UserError
+from vit_jax.data.transforms import resize
+from vit_jax.system.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 PHOTOS, SMALL = input_pipeline.IMAGES

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.campaign import runs
-from vit_jax.training import stored
+from vit_jax.checkpoints import orbax_io
 from vit_jax.training.logging import read_metrics
 
 LONG = "--config.total_steps=100000"
@@ -16,7 +16,7 @@ LONG = "--config.total_steps=100000"
 SLOW = """
 import time
 from vit_jax import cli, train
-from vit_jax.training import digests
+from vit_jax.checkpoints import digests
 write = digests.write
 digests.write = lambda *given: (time.sleep(2), write(*given))
 cli.run(train.main, train.define_all_flags)
@@ -66,8 +66,8 @@ def test_a_second_ctrl_c_during_the_save_prints_no_traceback(room, tmp_path):
     runs.kill([run], signal.SIGINT)
     assert run.wait(60) == 130, run.error()
     assert run.error() == "interrupted\n"
-    for found in stored.steps(tmp_path / "checkpoints"):  # whole, or not there
-        stored.verify(tmp_path / "checkpoints" / str(found))
+    for found in orbax_io.steps(tmp_path / "checkpoints"):  # whole, or not there
+        orbax_io.verify(tmp_path / "checkpoints" / str(found))
 
 
 def test_a_closed_terminal_saves_and_ends_as_a_scheduler_does(room, tmp_path):
@@ -77,9 +77,9 @@ def test_a_closed_terminal_saves_and_ends_as_a_scheduler_does(room, tmp_path):
     assert run.wait(60) == 0, run.error()
     assert "stopped by a signal, state saved" in run.out()
     assert "Traceback" not in run.error()
-    saved = stored.steps(tmp_path / "checkpoints")[0]
+    saved = orbax_io.steps(tmp_path / "checkpoints")[0]
     assert saved == step(tmp_path)
-    stored.verify(tmp_path / "checkpoints" / str(saved))
+    orbax_io.verify(tmp_path / "checkpoints" / str(saved))
 
 
 @pytest.mark.parametrize("steps", [7, pytest.param(9, marks=pytest.mark.slow)])

@@ -110,7 +110,7 @@ def test_the_sentences_that_scripts_look_for_are_what_training_says():
     assert f'"{STOPPED}"' in code
     assert "stopped by a signal, state saved" in (LAUNCH / "slurm.sh").read_text()
     assert re.search(r"print\(f\"\{name\} \{.*\} of \{.*\} examples\"\)", code)
-    assert " has died, so " in (ROOT / "vit_jax/processes.py").read_text()
+    assert " has died, so " in (ROOT / "vit_jax/distributed/processes.py").read_text()
     assert " has died, so " in (LAUNCH / "tpu_host.sh").read_text()
 
 

@@ -11,9 +11,10 @@ import time
 import pytest
 
 from tests.tiny_config import tiny
-from vit_jax import lock, sweep
+from vit_jax import sweep
 from vit_jax import train as trainer
-from vit_jax.errors import UserError
+from vit_jax.system import lock
+from vit_jax.system.errors import UserError
 
 
 def test_a_second_run_is_told_who_is_there_and_touches_nothing(tmp_path):
@@ -33,7 +34,7 @@ def test_a_second_run_is_told_who_is_there_and_touches_nothing(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_nobodys(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from vit_jax import lock\n"
+        "import sys, time; from pathlib import Path; from vit_jax.system import lock\n"
         "with lock.alone_in(Path(sys.argv[1])): print(1, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path)]

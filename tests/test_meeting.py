@@ -3,8 +3,8 @@ import threading
 
 import pytest
 
-from vit_jax import meeting
-from vit_jax.errors import UserError
+from vit_jax.distributed import meeting
+from vit_jax.system.errors import UserError
 
 
 def outcomes(*who, timeout=20.0):

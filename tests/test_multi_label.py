@@ -8,10 +8,13 @@ from sklearn.metrics import average_precision_score
 
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import evaluate, experiment, predict, sweep, train, trained
-from vit_jax.data import sources
-from vit_jax.errors import UserError
-from vit_jax.training import ranking, sharding
+from vit_jax import evaluate, predict, sweep, train
+from vit_jax.checkpoints import trained
+from vit_jax.data.sources import catalog
+from vit_jax.distributed import sharding
+from vit_jax.evaluation import ranking
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 NAMES = ("dark", "left", "top")
 
@@ -70,7 +73,7 @@ def test_labels_are_learned_and_measured_over_all_examples(data, run):
     workdir, metrics = run
     model = trained.load(workdir, "last", sharding.make_mesh())
     assert model.class_names == NAMES
-    source = sources.load(f"folder:{data}", "val", multi_label="auto")
+    source = catalog.load(f"folder:{data}", "val", multi_label="auto")
     logits, there = logits_of(model, source), source.labels
     assert metrics["eval/count"] == 30
     expected = average_precision_score(there, logits, average="macro")
@@ -85,7 +88,7 @@ def test_labels_are_learned_and_measured_over_all_examples(data, run):
 
 def test_evaluate_tells_every_class(data, run):
     model = trained.load(run[0], "last", sharding.make_mesh())
-    source = sources.load(f"folder:{data}", "val", multi_label="auto")
+    source = catalog.load(f"folder:{data}", "val", multi_label="auto")
     kept = []
     fits = evaluate.head_fits(model, source.class_names, "x", False)
     found = evaluate.evaluate_trained(model, source, 8, sharding.make_mesh(), fits, kept.append)
@@ -105,7 +108,7 @@ def test_evaluate_tells_every_class(data, run):
     assert table[-1].startswith("at threshold 0.3: precision ")
     # A part of the classes, in another order.
     hot = source.labels[:, [2, 0]]
-    part = sources.dataclasses.replace(source, labels=hot, class_names=("top", "dark"))
+    part = catalog.dataclasses.replace(source, labels=hot, class_names=("top", "dark"))
     fits = evaluate.head_fits(model, part.class_names, "x", False)
     found = evaluate.evaluate_trained(model, part, 8, sharding.make_mesh(), fits)
     expected = average_precision_score(hot, logits[:, [2, 0]], average="macro")
@@ -114,7 +117,7 @@ def test_evaluate_tells_every_class(data, run):
 
 def test_predict_shows_all_labels_from_a_threshold_on(data, run):
     model = trained.load(run[0], "last", sharding.make_mesh())
-    source = sources.load(f"folder:{data}", "val[:8]", multi_label="auto")
+    source = catalog.load(f"folder:{data}", "val[:8]", multi_label="auto")
     paths = [source[i]["image"] for i in range(8)]
     probabilities = 1 / (1 + np.exp(-logits_of(model, source)))
     found = list(predict.predict(model, paths, 5, None, sharding.make_mesh(), threshold=0.5))

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax import experiment, sweep
+from vit_jax import sweep
 from vit_jax import train as trainer
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "configs/paper"

@@ -18,8 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import experiment, plan
-from vit_jax.errors import UserError
+from vit_jax import plan
+from vit_jax.distributed import sharding
 from vit_jax.models import registry, tpu_attention
 from vit_jax.models.flops import train_flops
 from vit_jax.planning import page, roofline
@@ -29,7 +29,8 @@ from vit_jax.planning.program import Array, Collective, Mover, Program, arrays, 
 from vit_jax.planning.search import best, largest, search
 from vit_jax.planning.step import Memory, Plan, gib, make_plan, refused, undivided
 from vit_jax.planning.target import Target, topology
-from vit_jax.training import sharding
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 from vit_jax.training.optimizer import make_optimizer
 
 ROOT = Path(__file__).parent.parent

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from tests.test_train import TINY, assert_same_run, final_state, metrics
-from vit_jax import processes
-from vit_jax.errors import UserError
+from vit_jax.distributed import processes
+from vit_jax.system.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 STEPS = 24
@@ -267,7 +267,7 @@ def test_two_processes_with_one_number_are_told_and_so_is_who_waits(tmp_path):
 def test_one_that_is_stopped_ends_the_others(tmp_path):
     """As a process does that is frozen, or has no network: the connection stays, silent."""
     code = (
-        "import sys; from vit_jax import cli, processes, train\n"
+        "import sys; from vit_jax import train; from vit_jax.command_line import cli; from vit_jax.distributed import processes\n"
         "processes._SILENCE, processes._BEAT = 6.0, 1.0\n"
         "cli.run(train.main, train.define_all_flags)"
     )
@@ -342,7 +342,7 @@ def test_two_processes_are_one_run_under_the_launcher_of_open_mpi(tmp_path):
     environment = dict(os.environ, XLA_FLAGS="", OMPI_COMM_WORLD_SIZE="2")
     environment["OMPI_MCA_orte_hnp_uri"] = "1531576320.0;tcp://127.0.0.1:40000"
     code = (
-        "import sys; from absl import flags; from vit_jax import processes\n"
+        "import sys; from absl import flags; from vit_jax.distributed import processes\n"
         "processes.define_flags(); flags.FLAGS(sys.argv)\n"
         "import jax\n"
         "with processes.together(): print(jax.process_index(), jax.process_count())"

@@ -13,11 +13,12 @@ from PIL import Image
 from tests.interop import tiny_models
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import convert, embed, evaluate, predict, stated, sweep, trained, visualize
+from vit_jax import convert, embed, evaluate, predict, sweep, visualize
 from vit_jax import train as trainer
-from vit_jax.errors import UserError
-from vit_jax.interop import files, google, timm
-from vit_jax.stated import Stated
+from vit_jax.checkpoints import trained
+from vit_jax.interop import google, stated, timm, weight_files
+from vit_jax.interop.stated import Stated
+from vit_jax.system.errors import UserError
 
 ROOT = Path(__file__).parent.parent / "vit_jax"
 OPENERS = {  # the commands that open weights
@@ -128,7 +129,7 @@ def test_every_field_in_a_message_exists():
 def save(path, **changes):
     """A bare state dict: only arrays."""
     cfg, params = tiny_models.model(gelu="erf", **changes)
-    files.write_safetensors(path, timm.state_dict(cfg, params))
+    weight_files.write_safetensors(path, timm.state_dict(cfg, params))
     return cfg, params
 
 
@@ -326,8 +327,8 @@ def test_several_classes_have_a_threshold(tmp_path):
     cfg, params = tiny_models.model(num_classes=3, gelu="erf")
     params["head"]["kernel"][:] = 0
     params["head"]["bias"][:] = [2.0, -3.0, 0.5]
+    from vit_jax.distributed import sharding
     from vit_jax.interop import huggingface
-    from vit_jax.training import sharding
 
     huggingface.write(tmp_path / "hf", cfg, params, ("a", "b", "c"), multi_label=True)
     mesh = sharding.make_mesh()

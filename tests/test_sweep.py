@@ -15,8 +15,8 @@ from tests.tiny_config import tiny
 from vit_jax import config as configuration
 from vit_jax import sweep
 from vit_jax import train as trainer
-from vit_jax.errors import UserError
-from vit_jax.training import sharding
+from vit_jax.distributed import sharding
+from vit_jax.system.errors import UserError
 from vit_jax.training.logging import read_metrics
 from vit_jax.training.reporting import Diverged
 

@@ -4,10 +4,10 @@ import jax
 import pytest
 
 from benchmarks import precision, tpu_step
-from vit_jax.errors import UserError
 from vit_jax.models import devices
 from vit_jax.planning.chips import CHIPS
 from vit_jax.planning.target import Target
+from vit_jax.system.errors import UserError
 
 
 def test_two_formulations_of_one_network_are_planned_and_compared():

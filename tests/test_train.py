@@ -19,12 +19,14 @@ from tests.interop import tiny_models
 from tests.tiny_config import LONG, TOTAL, tiny
 from vit_jax import config as configuration
 from vit_jax import train as trainer
-from vit_jax.data import sources
-from vit_jax.errors import UserError
+from vit_jax.checkpoints.directory import Checkpoints, abstract, load_card
+from vit_jax.data.sources import catalog
+from vit_jax.data.sources.in_memory import ArraySource
+from vit_jax.data.sources.source import fingerprint
+from vit_jax.distributed import sharding
+from vit_jax.distributed.processes import StopSignal
 from vit_jax.interop import google, huggingface
-from vit_jax.processes import StopSignal
-from vit_jax.training import sharding
-from vit_jax.training.checkpoint import Checkpoints, abstract, load_card
+from vit_jax.system.errors import UserError
 from vit_jax.training.logging import read_metrics
 from vit_jax.training.reporting import Diverged
 
@@ -212,15 +214,15 @@ def test_the_loop_neither_recompiles_nor_moves_data_by_accident(tmp_path):
 
 def change_digits(monkeypatch, **rows):
     """From now on a split of the digits consists of `rows` of what it was."""
-    kind = sources._KINDS["digits"]
+    kind = catalog._KINDS["digits"]
 
     def changed(argument, split, data_dir):
         whole = kind.open(argument, split, data_dir)
         chosen = np.arange(len(whole))[rows.get(split, slice(None))]
         images, labels = whole.images[chosen], whole.labels[chosen]
-        return sources.ArraySource(images, labels, whole.class_names, whole.name)
+        return ArraySource(images, labels, whole.class_names, whole.name)
 
-    monkeypatch.setitem(sources._KINDS, "digits", kind._replace(open=changed))
+    monkeypatch.setitem(catalog._KINDS, "digits", kind._replace(open=changed))
 
 
 def files_of(workdir):
@@ -234,12 +236,11 @@ def test_a_card_tells_the_data_of_the_run_and_so_does_the_first_page(finished, c
     data = load_card(workdir)["data"]
     assert data == load_card(workdir, "best")["data"]
     for split, name, n in [("train", "train", 1437), ("eval", "test", 360)]:
-        fingerprint = sources.fingerprint(sources.load("digits", name))
         assert data[split] == {
             "source": "digits",
             "split": name,
             "examples": n,
-            "fingerprint": fingerprint,
+            "fingerprint": fingerprint(catalog.load("digits", name)),
         }
         assert f"({fingerprint})" in page
 

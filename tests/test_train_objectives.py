@@ -6,10 +6,11 @@ import pytest
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
 from vit_jax import train as trainer
-from vit_jax import trained
-from vit_jax.errors import UserError
+from vit_jax.checkpoints import trained
+from vit_jax.distributed import sharding
+from vit_jax.evaluation import probes
 from vit_jax.objectives import masked_patches
-from vit_jax.training import probes, sharding
+from vit_jax.system.errors import UserError
 from vit_jax.training.logging import read_metrics
 
 

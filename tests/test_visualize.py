@@ -10,9 +10,12 @@ from PIL import Image
 
 from tests.test_doors import assert_one_sentence, run
 from tests.tiny_config import tiny
-from vit_jax import experiment, inference, trained, visualize
-from vit_jax.errors import UserError
-from vit_jax.training import sharding
+from vit_jax import visualize
+from vit_jax.checkpoints import trained
+from vit_jax.distributed import sharding
+from vit_jax.evaluation import inference
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 MESH = sharding.make_mesh(devices=jax.devices()[:4])
 NAMES = ("cat & dog", "bird", "fish")

@@ -13,7 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 from ml_collections.config_dict import FieldReference, placeholder
 
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 UNITS = ("steps", "epochs", "examples")
 
@@ -64,7 +64,9 @@ def get_config() -> ConfigDict:
         0.0  # exponential moving average of the weights, used to evaluate; 0: off
     )
     config.init_from = placeholder(str)  # weights to begin with: see vit_jax/convert.py
-    config.init_resize = placeholder(str)  # of interop/positions.py; None: as their family does
+    config.init_resize = placeholder(
+        str
+    )  # of interop/resize_positions.py; None: as their family does
     _duration(config, "total")  # length of training
     _duration(config, "log_every", steps=50)
     _duration(config, "eval_every", epochs=1)
@@ -74,7 +76,7 @@ def get_config() -> ConfigDict:
     )
     config.profile = placeholder(str)  # FIRST:LAST: a trace of these steps, for TensorBoard
 
-    config.mesh = mesh = ConfigDict()  # devices along each axis; see training/sharding.py
+    config.mesh = mesh = ConfigDict()  # devices along each axis; see distributed/sharding.py
     mesh.data = -1  # examples are divided; -1: over all devices that remain
     # Examples are divided, and the weights, too. None: over up to 16 TPUs, if data is -1;
     # not at all elsewhere.
@@ -120,18 +122,20 @@ def get_config() -> ConfigDict:
     model.remat = placeholder(str)
 
     config.data = data = ConfigDict()
-    # digits | folder:PATH | hf:NAME | records:PATH | tfds:NAME | synthetic: see data/sources.py
+    # digits | folder:PATH | hf:NAME | records:PATH | tfds:NAME | synthetic:
+    # see data/sources/catalog.py
     data.source = "tfds:imagenet2012"
     data.data_dir = placeholder(str)  # where tfds: finds prepared data sets
     data.train_split = "train"
     data.eval_split = "validation"
     # Images with several labels, or none: auto | what stands between labels, such as ; or
-    # space; see data/multi_label.py. None: every image has one. Needs objective.loss="sigmoid".
+    # space; see data/sources/multi_label.py. None: every image has one. Needs
+    # objective.loss="sigmoid".
     data.multi_label = placeholder(str)
     # 1: grey, 3: RGB; 2 or 4 with transparency, or any other number: of TIFF or .npy files
     data.channels = 3
     data.bits = 8  # of a level: 8 | 16 (kept where images have them)
-    data.train_transform = "inception_crop(0.05, 1.0)|flip"  # see data/preprocess.py
+    data.train_transform = "inception_crop(0.05, 1.0)|flip"  # see data/transforms/language.py
     data.eval_transform = "resize"
     data.repeats = 1  # copies of an image in a batch, each augmented anew (DeiT: 3); 1: off
     # inception: [-1, 1] | imagenet, openclip: by mean and deviation | mean=0.5,0.4,0.3
@@ -149,7 +153,7 @@ def get_config() -> ConfigDict:
     data.workers = 0  # processes that decode; 0: threads of this process
     data.threads = 16  # at most: fewer decode where more would only wait for each other
 
-    config.few_shot = few_shot = ConfigDict()  # beside evaluation: see training/probes.py
+    config.few_shot = few_shot = ConfigDict()  # beside evaluation: see evaluation/probes.py
     few_shot.shots = ()  # images a class, e.g. (5, 10); none: off
     _duration(few_shot, "every", epochs=1)  # a multiple of eval_every
 

@@ -18,11 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from vit_jax import cli, stated, trained
-from vit_jax.atomic import replacing
-from vit_jax.data import preprocess, value_ranges
-from vit_jax.errors import UserError
-from vit_jax.interop import google, huggingface, positions, timm
+from vit_jax.checkpoints import trained
+from vit_jax.checkpoints.trained import Trained
+from vit_jax.command_line import cli
+from vit_jax.data import value_ranges
+from vit_jax.data.transforms import language
+from vit_jax.interop import google, huggingface, resize_positions, stated, timm
 from vit_jax.interop.channels import adapt_first
 from vit_jax.interop.families import FAMILIES
 from vit_jax.models import registry, vit
@@ -30,7 +31,8 @@ from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.model import count_parameters
 from vit_jax.models.resnet import ResNetConfig
 from vit_jax.models.vit_config import ViTConfig
-from vit_jax.trained import Trained
+from vit_jax.system.atomic import replacing
+from vit_jax.system.errors import UserError
 
 
 def describe(model: Trained) -> str:
@@ -77,7 +79,7 @@ def resize(model: Trained, size: tuple[int, int], method: str) -> tuple[Trained,
         )
     new = dataclasses.replace(old, image_size=size)
     before = model.input_size or old.image_size  # that the transform ends in
-    transform = preprocess.rescale(model.config.data.eval_transform, before, size)
+    transform = language.rescale(model.config.data.eval_transform, before, size)
     changes = []
     if transform != model.config.data.eval_transform:
         changes.append(f"evaluation transform: {transform}")
@@ -85,7 +87,7 @@ def resize(model: Trained, size: tuple[int, int], method: str) -> tuple[Trained,
     params = model.params
     if isinstance(old, ViTConfig) and isinstance(new, ViTConfig):
         params = vit.unstack_layers(params) if old.scan else params
-        params = positions.resize_params(params, old, new, method)
+        params = resize_positions.resize_params(params, old, new, method)
         params = vit.stack_layers(params) if old.scan else params
         sizes = " to ".join(f"{rows}x{columns}" for rows, columns in (old.grid, new.grid))
         changes.append(f"position embeddings from {sizes} patches ({method})")

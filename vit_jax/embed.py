@@ -30,10 +30,13 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from vit_jax import cache, cli, inference, trained
-from vit_jax.errors import UserError
-from vit_jax.inference import Unreadable
-from vit_jax.training import sharding
+from vit_jax.checkpoints import trained
+from vit_jax.command_line import cli
+from vit_jax.distributed import sharding
+from vit_jax.evaluation import inference
+from vit_jax.evaluation.inference import Unreadable
+from vit_jax.system import cache
+from vit_jax.system.errors import UserError
 
 Row = tuple[str, np.ndarray]  # file name, vector (D,)
 FORMATS = (".npz", ".npy", ".parquet")

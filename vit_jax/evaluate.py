@@ -51,14 +51,18 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from vit_jax import cache, cli, experiment, inference, processes, trained
+from vit_jax.checkpoints import trained, verify
+from vit_jax.command_line import cli
 from vit_jax.data import pipeline
-from vit_jax.data.classes import Mismatch, as_classes, chosen, match, read_names, some
-from vit_jax.errors import UserError
+from vit_jax.data.sources.classes import Mismatch, as_classes, chosen, match, read_names, some
+from vit_jax.distributed import processes, sharding
+from vit_jax.evaluation import inference, probes, ranking
+from vit_jax.evaluation.averages import evaluate
+from vit_jax.evaluation.ranking import Ranking
 from vit_jax.models.model import Model
-from vit_jax.training import probes, ranking, sharding, verify
-from vit_jax.training.evaluate import evaluate
-from vit_jax.training.ranking import Ranking
+from vit_jax.system import cache
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 from vit_jax.training.step import make_eval_step
 
 

@@ -27,14 +27,15 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from vit_jax import cli, experiment
-from vit_jax.atomic import replacing
-from vit_jax.errors import UserError
+from vit_jax.command_line import cli
+from vit_jax.distributed import sharding
 from vit_jax.planning import page
 from vit_jax.planning.search import POLICIES, best, search
 from vit_jax.planning.step import Plan, make_plan
 from vit_jax.planning.target import attached, topology
-from vit_jax.training import sharding
+from vit_jax.system.atomic import replacing
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 # Classes, and examples of an epoch, of data sets that need not be there.
 KNOWN = {

@@ -29,16 +29,17 @@ from PIL import Image
 from tqdm import tqdm
 
 import vit_jax
-from vit_jax import bounded, cli
-from vit_jax.atomic import replacing
-from vit_jax.data import records, sources
+from vit_jax.command_line import cli
 from vit_jax.data.bad_images import DEFAULT_SHARE, BadImages
 from vit_jax.data.decode import MOST_BYTES, BadImage, decode
-from vit_jax.data.deferred import resize
 from vit_jax.data.planes import Planes
-from vit_jax.data.records import Packed
-from vit_jax.data.sources import Source
-from vit_jax.errors import UserError
+from vit_jax.data.sources import catalog, records
+from vit_jax.data.sources.records import Packed
+from vit_jax.data.sources.source import Source
+from vit_jax.data.transforms.deferred import resize
+from vit_jax.system import bounded
+from vit_jax.system.atomic import replacing
+from vit_jax.system.errors import UserError
 
 EXAMPLES_A_SHARD = 10_000  # about 1 GB of ImageNet
 _QUALITY = 95
@@ -78,7 +79,7 @@ def prepare(
         many bad images, or `output` cannot be written.
     """
     how = (data_dir, multi_label) if multi_label else (data_dir,)
-    opened = {name: sources.load(source, split, *how) for name, split in splits.items()}
+    opened = {name: catalog.load(source, split, *how) for name, split in splits.items()}
     class_names = next(iter(opened.values())).class_names
     if any(split.class_names != class_names for split in opened.values()):
         raise UserError(
@@ -204,7 +205,7 @@ def define_flags() -> None:
 def _splits(source: str, given: list[str] | None, data_dir: str | None) -> dict[str, str]:
     """What to pack under which name. Raises UserError for a name that cannot be one."""
     splits: dict[str, str] = {}
-    for item in given or sources.split_names(source, data_dir):
+    for item in given or catalog.split_names(source, data_dir):
         name, separator, part = item.partition("=")
         if not name.replace("_", "").replace("-", "").isalnum() or name in splits:
             raise UserError(

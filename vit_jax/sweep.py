@@ -26,14 +26,17 @@ from typing import Any, NamedTuple
 from absl import flags
 from ml_collections import ConfigDict
 
-from vit_jax import bounded, cli, experiment, stated
 from vit_jax import config as configuration
 from vit_jax import train as trainer
-from vit_jax.atomic import replacing
-from vit_jax.errors import UserError
-from vit_jax.lock import alone_in
-from vit_jax.processes import StopSignal
-from vit_jax.stated import Stated
+from vit_jax.command_line import cli
+from vit_jax.distributed.processes import StopSignal
+from vit_jax.interop import stated
+from vit_jax.interop.stated import Stated
+from vit_jax.system import bounded
+from vit_jax.system.atomic import replacing
+from vit_jax.system.errors import UserError
+from vit_jax.system.lock import alone_in
+from vit_jax.training import experiment
 from vit_jax.training.reporting import Diverged
 
 # `config`: as given; `runs`: by name, what was tried and `metrics` or `failed`; `chosen`: a

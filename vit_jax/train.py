@@ -24,33 +24,30 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import vit_jax
-from vit_jax import bounded, cache, cli, experiment, processes, run_data, stated, trained
 from vit_jax import config as configuration
-from vit_jax.atomic import replacing
+from vit_jax.checkpoints import trained
+from vit_jax.checkpoints.directory import Checkpoints, abstract
+from vit_jax.checkpoints.orbax_io import Card
+from vit_jax.checkpoints.trained import Trained
+from vit_jax.command_line import cli
 from vit_jax.data import pipeline, value_ranges
-from vit_jax.data.sources import Source, fingerprint
-from vit_jax.errors import UserError, about
-from vit_jax.interop import channels
-from vit_jax.interop.adapt import adapt
-from vit_jax.lock import WorkDirectory, alone_in
+from vit_jax.data.sources.source import Source, fingerprint
+from vit_jax.distributed import processes, sharding
+from vit_jax.distributed.processes import StopSignal
+from vit_jax.evaluation.averages import evaluate
+from vit_jax.interop import channels, stated
+from vit_jax.interop.stated import Stated
+from vit_jax.interop.transfer import adapt
 from vit_jax.models.flops import train_flops
 from vit_jax.models.model import count_parameters
-from vit_jax.processes import StopSignal
-from vit_jax.stated import Stated
-from vit_jax.trained import Trained
-from vit_jax.training import sharding
-from vit_jax.training.checkpoint import Checkpoints, abstract
-from vit_jax.training.evaluate import evaluate
+from vit_jax.system import bounded, cache
+from vit_jax.system.atomic import replacing
+from vit_jax.system.errors import UserError, about
+from vit_jax.system.lock import WorkDirectory, alone_in
+from vit_jax.training import experiment, run_data
 from vit_jax.training.logging import MetricWriter
-from vit_jax.training.reporting import (
-    Metrics,
-    Profiler,
-    Reporter,
-    matmul_peak,
-    parse_profile,
-)
+from vit_jax.training.reporting import Metrics, Profiler, Reporter, matmul_peak, parse_profile
 from vit_jax.training.step import TrainState
-from vit_jax.training.stored import Card
 
 # --- Plan: how long, how often ------------------------------------------------------------
 

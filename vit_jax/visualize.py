@@ -29,18 +29,21 @@ from absl import flags
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from vit_jax import cache, cli, inference, trained
 from vit_jax.analysis import attention, embeddings, plots, report
-from vit_jax.atomic import replacing
-from vit_jax.data import preprocess
+from vit_jax.checkpoints import trained
+from vit_jax.command_line import cli
 from vit_jax.data.decode import decode
 from vit_jax.data.planes import with_depth
-from vit_jax.errors import UserError
-from vit_jax.inference import Unreadable
+from vit_jax.data.transforms import language
+from vit_jax.distributed import sharding
+from vit_jax.evaluation import inference
+from vit_jax.evaluation.inference import Unreadable
 from vit_jax.models.model import Out
 from vit_jax.models.registry import ModelConfig
 from vit_jax.models.vit_config import ViTConfig
-from vit_jax.training import sharding
+from vit_jax.system import cache
+from vit_jax.system.atomic import replacing
+from vit_jax.system.errors import UserError
 
 FILTERS = 28  # principal components, as the paper is said to show
 DISTANCE_IMAGES = 128  # that the paper averages the attention distance over
@@ -247,7 +250,7 @@ def as_seen(model: trained.Trained, path: str) -> np.ndarray:
     """
     config = model.config
     size, channels = tuple(config.image_size), config.data.channels
-    transform = preprocess.parse_transform(config.data.eval_transform, size)
+    transform = language.parse_transform(config.data.eval_transform, size)
     image = transform.of(
         decode({"image": path, "name": path}, channels, config.data.bits), path
     )

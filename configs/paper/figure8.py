@@ -29,7 +29,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 sys.path.append(str(Path(__file__).parents[2]))  # works from any directory
 

@@ -15,9 +15,9 @@ from ml_collections import ConfigDict
 
 from configs import vit_i1k, vit_i21k
 from vit_jax import config as base
-from vit_jax.errors import UserError
 from vit_jax.models import registry
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 DATA = ("i21k", "i1k", "digits")
 

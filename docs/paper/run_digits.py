@@ -27,9 +27,11 @@ from ml_collections import ConfigDict
 sys.path.insert(0, str(Path(__file__).parents[2]))  # the root of the repository, for `configs`
 
 from configs.paper import figure3, figure4, figure5, figure8, figure9, masked_patches, table8
-from vit_jax import cli, experiment, train
 from vit_jax import config as configuration
+from vit_jax import train
 from vit_jax.analysis import plots
+from vit_jax.command_line import cli
+from vit_jax.training import experiment
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "configs/paper/README.md"

@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from vit_jax.errors import UserError
-from vit_jax.training import sharding
-from vit_jax.training.checkpoint import Checkpoints, abstract, first_intact, load_params
+from vit_jax.checkpoints.directory import Checkpoints, abstract, first_intact, load_params
+from vit_jax.distributed import sharding
+from vit_jax.system.errors import UserError
 from vit_jax.training.step import TrainState
 
 CARD = {"config": {"ema_decay": 0.9}, "class_names": ["cat", "dog"]}

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from tests.campaign import kills, runs
 from tests.campaign.runs import Outcome, Run
-from vit_jax.training import stored
+from vit_jax.checkpoints import orbax_io
 
 MEMORY = 8 << 20  # bytes of a file system that holds a whole run
 RARELY = ("--config.checkpoint_every_steps=1000", "--config.eval_every_steps=0")
@@ -210,9 +210,9 @@ def stopped_half_way(room: Path) -> Path:
 def check(workdir: Path, before: dict[str, bytes]) -> None:
     """Nothing that was saved is damaged, and what was logged is still there."""
     for folder in ("checkpoints", "best"):
-        for step in stored.steps(workdir / folder):
-            stored.verify(workdir / folder / str(step))
-    assert stored.steps(workdir / "checkpoints"), "no checkpoint is left"
+        for step in orbax_io.steps(workdir / folder):
+            orbax_io.verify(workdir / folder / str(step))
+    assert orbax_io.steps(workdir / "checkpoints"), "no checkpoint is left"
     log = (workdir / "metrics.jsonl").read_bytes()
     assert log.startswith(before["metrics.jsonl"]), "what was logged is gone"
 

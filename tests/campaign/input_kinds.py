@@ -30,15 +30,18 @@ from tests.interop.test_hostile import BEIT, shuffled
 from tests.interop.tiny_models import model
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import sweep, train, trained
-from vit_jax.data import classes, sources
+from vit_jax import sweep, train
+from vit_jax.checkpoints import digests, orbax_io, trained
+from vit_jax.checkpoints.digests import Damaged
 from vit_jax.data.decode import FORMATS, decode
 from vit_jax.data.planes import Planes
-from vit_jax.errors import UserError, of_system
-from vit_jax.interop import files, google, huggingface, timm
+from vit_jax.data.sources import catalog, classes
+from vit_jax.data.sources.source import fingerprint
+from vit_jax.distributed import sharding
+from vit_jax.interop import google, huggingface, timm, weight_files
 from vit_jax.interop.load import load_weights
-from vit_jax.training import digests, metrics_file, sharding, stored
-from vit_jax.training.digests import Damaged
+from vit_jax.system.errors import UserError, of_system
+from vit_jax.training import metrics_file
 
 Use = Callable[[], object]
 Kind = Callable[[Path, random.Random], tuple[str, Use]]
@@ -291,13 +294,13 @@ def other_files(folder: Path, rng: random.Random) -> tuple[str, Use]:
         "run/config.json": lambda: train.model_of_workdir(folder / "run", "x"),
         "run/sweep.json": lambda: sweep.read_record(tiny(), folder / "run"),
         "run/metrics.jsonl": lambda: metrics_file.read_metrics(folder / "run/metrics.jsonl"),
-        "packed/dataset.json": lambda: sources.load(f"records:{folder}/packed", "train"),
+        "packed/dataset.json": lambda: catalog.load(f"records:{folder}/packed", "train"),
         "best/10/card/metadata": lambda: _card(folder / "best/10"),
         "best/10/digests/process_0": lambda: _card(folder / "best/10"),
         "best/10/state/_sharding": lambda: _whole(folder / "best/10"),
         "best/10/state/array_metadatas/process_0": lambda: _whole(folder / "best/10"),
         "best/10/state/manifest.ocdbt": lambda: _whole(folder / "best/10"),
-        "best/10/_CHECKPOINT_METADATA": lambda: stored.seconds_to_save(folder / "best/10"),
+        "best/10/_CHECKPOINT_METADATA": lambda: orbax_io.seconds_to_save(folder / "best/10"),
     }
     name = rng.choice(sorted(readers))
     _pictures(folder / "data")
@@ -357,7 +360,7 @@ def _pictures(folder: Path) -> None:
 
 def _all_of(source: str, split: str, multi: str | None = None) -> None:
     """Opens a data set and reads every example; class numbers must be right."""
-    opened = sources.load(source, split, multi_label=multi)
+    opened = catalog.load(source, split, multi_label=multi)
     names = opened.class_names
     assert names, "no classes"
     assert len(set(names)) == len(names), "a class twice"
@@ -369,7 +372,7 @@ def _all_of(source: str, split: str, multi: str | None = None) -> None:
         else:
             assert 0 <= label < len(names)
         decode(example, 3)
-    sources.fingerprint(opened)
+    fingerprint(opened)
 
 
 def tables(folder: Path, rng: random.Random) -> tuple[str, Use]:
@@ -430,7 +433,7 @@ def packed(folder: Path, rng: random.Random) -> tuple[str, Use]:
 
 @functools.cache
 def _packed() -> Path:
-    from vit_jax.data import records
+    from vit_jax.data.sources import records
 
     folder = ROOM / "packed"
     folder.mkdir()
@@ -464,10 +467,10 @@ def arrays() -> dict[str, dict[str, np.ndarray]]:
     google.write(ROOM / "google", *vit)
     huggingface.write(ROOM / "huggingface", *vit)
     return {
-        "google": files.read(ROOM / "google")[0],
+        "google": weight_files.read(ROOM / "google")[0],
         "timm": timm.state_dict(*vit),
         "timm_beit": timm.state_dict(*beit),
-        "huggingface": files.read(ROOM / "huggingface/model.safetensors")[0],
+        "huggingface": weight_files.read(ROOM / "huggingface/model.safetensors")[0],
     }
 
 
@@ -510,7 +513,7 @@ def _loaded(path: Path, **said: Any) -> None:
     assert len(found.class_names) == found.config.get("num_classes", len(found.class_names))
 
 
-def weight_files(folder: Path, rng: random.Random) -> tuple[str, Use]:
+def whole_weight_files(folder: Path, rng: random.Random) -> tuple[str, Use]:
     """Whole files with changed bytes, most of them where the structure is."""
     name = rng.choice(sorted(weights()))
     whole, path = weights()[name], folder / name
@@ -563,7 +566,7 @@ def weight_arrays(folder: Path, rng: random.Random) -> tuple[str, Use]:
         large = np.broadcast_to(np.float32(0), (1, rng.choice([50_000, 99_999, 100_000]), 8))
         changed[key] = large if rng.randrange(2) else large.reshape(-1, 2)[:3]
     path = folder / "w"
-    files.write_npz(path, changed)
+    weight_files.write_npz(path, changed)
     said = {
         "num_heads": rng.choice([None, 1, 3]),
         "image_size": rng.choice([None, None, (32, 32), (10**6, 8)]),
@@ -695,7 +698,7 @@ def checkpoint() -> Path:
     return ROOM / "workdir/best" / str(bit_flips.OLD)
 
 
-def _card(path: Path, read: Callable[[Path], Any] = stored.card) -> Any:
+def _card(path: Path, read: Callable[[Path], Any] = orbax_io.card) -> Any:
     try:
         return read(path)
     except Damaged as damage:  # of which the commands make a sentence with its name
@@ -703,13 +706,13 @@ def _card(path: Path, read: Callable[[Path], Any] = stored.card) -> Any:
 
 
 def _whole(path: Path) -> None:
-    _card(path, stored.verify)
+    _card(path, orbax_io.verify)
 
 
 def cards(folder: Path, rng: random.Random) -> tuple[str, Use]:
     """The parts of a checkpoint that are text: damaged ones must be noticed."""
     path = shutil.copytree(checkpoint(), folder / "best/10")
-    whole = stored.card(path)
+    whole = orbax_io.card(path)
     name = rng.choice(
         ["card/metadata", "digests/process_0", "_CHECKPOINT_METADATA", "state/_METADATA"]
     )
@@ -717,7 +720,7 @@ def cards(folder: Path, rng: random.Random) -> tuple[str, Use]:
     (path / name).write_bytes(mutations.json_bytes(value, rng))
 
     def use() -> None:
-        stored.seconds_to_save(path)
+        orbax_io.seconds_to_save(path)
         assert _card(path) == whole, "another card came back"
 
     return name, use
@@ -792,7 +795,7 @@ KINDS: dict[str, tuple[Kind, int]] = {  # and how often they are drawn
     "tables of labels": (tables, 150),
     "lists of classes": (names, 40),
     "packed data sets": (packed, 40),
-    "files of weights": (weight_files, 130),
+    "files of weights": (whole_weight_files, 130),
     "arrays": (weight_arrays, 60),
     "folders of weights": (weight_folders, 70),
     "pickles and bombs": (traps, 30),

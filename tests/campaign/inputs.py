@@ -96,7 +96,7 @@ def _judge(use: Any, most: int) -> tuple[str, float, int]:
 
 
 def _refusal(error: Exception) -> str:
-    from vit_jax.errors import UserError
+    from vit_jax.system.errors import UserError
 
     if not isinstance(error, UserError):
         return f"wrong: {''.join(traceback.format_exception(error)).strip()}"

@@ -15,7 +15,7 @@ import numpy as np
 
 from tests.test_processes import free_port
 from tests.test_train import ROOT, metrics
-from vit_jax.training import stored
+from vit_jax.checkpoints import orbax_io
 
 CONFIG = ROOT / "tests" / "campaign" / "small_config.py"
 TIMEOUT = 600  # seconds that a run may take
@@ -193,13 +193,13 @@ def may_write(folder: Path) -> None:
 
 
 def newest(folder: Path) -> Path:
-    return folder / str(stored.steps(folder)[0])
+    return folder / str(orbax_io.steps(folder)[0])
 
 
 def arrays(checkpoint: Path) -> dict[str, np.ndarray]:
     """All arrays of a checkpoint; raises what `stored.verify` does if it is damaged."""
-    stored.verify(checkpoint)
-    return stored._read_to_host(checkpoint)
+    orbax_io.verify(checkpoint)
+    return orbax_io._read_to_host(checkpoint)
 
 
 def assert_same(workdir: Path, reference: Path) -> None:

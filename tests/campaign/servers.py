@@ -21,8 +21,8 @@ from typing import NamedTuple
 from unittest import mock
 
 from tests.campaign.runs import Outcome
-from vit_jax.errors import UserError
 from vit_jax.interop import download
+from vit_jax.system.errors import UserError
 
 SIZE = 60_000  # bytes of a file
 # Of the downloader, in place of its own, so that a trial takes no minutes.

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from tests.campaign import inputs
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 
 @pytest.mark.campaign

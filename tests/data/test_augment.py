@@ -5,8 +5,8 @@ import pytest
 import scipy.ndimage
 from PIL import Image, ImageEnhance, ImageOps
 
-from vit_jax.data import augment
-from vit_jax.data.augment import (
+from vit_jax.data.transforms import augment
+from vit_jax.data.transforms.augment import (
     INCREASING_OPS,
     OPS,
     QUIRKS,

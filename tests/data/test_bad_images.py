@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import bad_images, sources
+from vit_jax.data import bad_images
 from vit_jax.data.bad_images import NONE, BadImages, Replacing
 from vit_jax.data.decode import BadImage, decode
-from vit_jax.data.kept import Kept
-from vit_jax.errors import UserError
+from vit_jax.data.image_cache import Kept
+from vit_jax.data.sources import catalog
 from vit_jax.prepare import Options, prepare
+from vit_jax.system.errors import UserError
 
 # Pillow tells of camera notes that it cannot read, and reads the pixels.
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -146,7 +147,7 @@ def sort(source):
 
 
 def test_every_kind_is_decoded_right_or_named(salted, photos):
-    good, complaints = sort(sources.load(f"folder:{salted}", "all"))
+    good, complaints = sort(catalog.load(f"folder:{salted}", "all"))
     assert (len(good), len(complaints)) == (16, 25)
     for file in os.listdir(salted / "bad"):
         assert sum(str(salted / "bad" / file) in text for text in complaints) == 1
@@ -164,8 +165,8 @@ def test_every_kind_is_decoded_right_or_named(salted, photos):
 def test_the_same_from_a_file_of_labels(salted, tmp_path):
     lines = [f"{path},{path.parent.name}" for path in sorted(salted.glob("*/*"))]
     (tmp_path / "labels.csv").write_text("\n".join(["file,label", *lines]))
-    assert sort(sources.load(f"folder:{tmp_path}", "all")) == sort(
-        sources.load(f"folder:{salted}", "all")
+    assert sort(catalog.load(f"folder:{tmp_path}", "all")) == sort(
+        catalog.load(f"folder:{salted}", "all")
     )
 
 
@@ -183,8 +184,8 @@ def test_the_same_from_hugging_face(salted, tmp_path, monkeypatch):
         ),
     )
     table.save_to_disk(str(tmp_path / "saved"))
-    good, complaints = sort(sources.load(f"hf:{tmp_path / 'saved'}", "train"))
-    assert good == sort(sources.load(f"folder:{salted}", "all"))[0]
+    good, complaints = sort(catalog.load(f"hf:{tmp_path / 'saved'}", "train"))
+    assert good == sort(catalog.load(f"folder:{salted}", "all"))[0]
     assert len(complaints) == 25
     assert sum("(cut.png)" in text for text in complaints) == 1
 
@@ -217,8 +218,8 @@ def test_the_same_from_tensorflow_datasets(salted, tmp_path):
     command = [sys.executable, "-c", code + ".download_and_prepare()", str(salted)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    good, complaints = sort(sources.load("tfds:salted", "train", str(tmp_path / "data")))
-    assert good == sort(sources.load(f"folder:{salted}", "all"))[0]
+    good, complaints = sort(catalog.load("tfds:salted", "train", str(tmp_path / "data")))
+    assert good == sort(catalog.load(f"folder:{salted}", "all"))[0]
     assert len(complaints) == 25
 
 
@@ -226,9 +227,9 @@ def test_packing_leaves_the_bad_ones_out_and_lists_them(salted, tmp_path, capfd)
     packed = prepare(
         f"folder:{salted}", tmp_path / "packed", {"train": "all"}, Options(max_bad=25), None
     )
-    source = sources.load(f"records:{tmp_path / 'packed'}", "train")
+    source = catalog.load(f"records:{tmp_path / 'packed'}", "train")
     good, complaints = sort(source)
-    assert good == sort(sources.load(f"folder:{salted}", "all"))[0]
+    assert good == sort(catalog.load(f"folder:{salted}", "all"))[0]
     assert (len(complaints), packed["train"]["examples"]) == (0, 16)
     told = capfd.readouterr().err
     for file in os.listdir(salted / "bad"):
@@ -243,7 +244,7 @@ def test_packing_leaves_the_bad_ones_out_and_lists_them(salted, tmp_path, capfd)
 
 
 def test_the_next_good_image_stands_in_for_a_bad_one(salted):
-    source = sources.load(f"folder:{salted}", "all")
+    source = catalog.load(f"folder:{salted}", "all")
     replaced = Replacing(Kept(source, 3), limit=25)
     is_bad = [source[i]["label"] == 0 for i in range(41)]
     for i in range(41):
@@ -260,7 +261,7 @@ def test_the_next_good_image_stands_in_for_a_bad_one(salted):
 
 
 def test_too_many_bad_images_in_a_row_are_an_error(salted):
-    source = sources.load(f"folder:{salted}", "all")
+    source = catalog.load(f"folder:{salted}", "all")
     bad = [i for i in range(41) if source[i]["label"] == 0]
     with pytest.raises(BadImage) as caught:
         Replacing(Kept(source, 3), limit=0)[bad[0]]
@@ -269,7 +270,7 @@ def test_too_many_bad_images_in_a_row_are_an_error(salted):
 
 def test_bad_images_are_told_of_once_and_counted(salted, capfd, monkeypatch):
     monkeypatch.setattr(bad_images, "_told", set())
-    source = sources.load(f"folder:{salted}", "all")
+    source = catalog.load(f"folder:{salted}", "all")
     bad = [i for i in range(41) if source[i]["label"] == 0]
     found = BadImages(source, limit=2)
     for i in (bad[0], bad[1], bad[0]):
@@ -288,7 +289,7 @@ def test_bad_images_are_told_of_once_and_counted(salted, capfd, monkeypatch):
 def test_a_vanished_file_is_no_bad_image(salted, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").write_bytes((salted / "odd" / "dot.png").read_bytes())
-    source = sources.load(f"folder:{tmp_path}", "all")
+    source = catalog.load(f"folder:{tmp_path}", "all")
     (tmp_path / "a" / "x.png").unlink()
     with pytest.raises(
         UserError, match=r"a/x\.png cannot be decoded \(.*No such file"

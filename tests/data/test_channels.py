@@ -13,14 +13,17 @@ from PIL import Image, ImageOps
 
 from tests.campaign.large_tiffs import large_tiffs
 from tests.tiny_config import tiny
-from vit_jax import experiment, inference, train
-from vit_jax.data import pipeline, sources, tiff
+from vit_jax import train
+from vit_jax.data import pipeline, tiff
 from vit_jax.data.decode import BadImage, decode
 from vit_jax.data.planes import Planes
-from vit_jax.data.preprocess import parse_transform
-from vit_jax.data.resize import METHODS
-from vit_jax.errors import UserError
+from vit_jax.data.sources import catalog
+from vit_jax.data.transforms.language import parse_transform
+from vit_jax.data.transforms.resize import METHODS
+from vit_jax.evaluation import inference
 from vit_jax.prepare import encoded as packed
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 
 def noise(channels, dtype=np.uint8, shape=(13, 9), seed=0):
@@ -302,7 +305,7 @@ def scans(tmp_path):
 @pytest.mark.parametrize("form", ["tif", "npy"])
 @pytest.mark.parametrize("bits", [8, 16])
 def test_batches_have_the_channels_and_levels_of_files(scans, form, bits):
-    source = sources.load(f"folder:{scans}/{form}", "all")
+    source = catalog.load(f"folder:{scans}/{form}", "all")
     reading = {"transform": parse_transform("resize", (8, 8)), "channels": 5, "bits": bits}
     [batch] = pipeline.eval_batches(source, batch_size=16, threads=1, **reading)
     assert batch["image"].dtype == (np.uint8 if bits == 8 else np.uint16)

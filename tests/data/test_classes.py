@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import classes, sources
-from vit_jax.data.classes import Mismatch, as_classes, match
-from vit_jax.errors import UserError
+from vit_jax.data.sources import catalog, classes
+from vit_jax.data.sources.classes import Mismatch, as_classes, match
+from vit_jax.data.sources.in_memory import ArraySource
+from vit_jax.system.errors import UserError
 
 
 def outputs(model, data, published=True):
@@ -91,7 +92,7 @@ def test_a_list_says_which_output_is_which_class(tmp_path):
 
 def array_source(names, labels):
     pixels = np.arange(len(labels) * 4, dtype=np.uint8).reshape(-1, 2, 2)
-    return sources.ArraySource(pixels, np.array(labels), tuple(names), "made")
+    return ArraySource(pixels, np.array(labels), tuple(names), "made")
 
 
 def test_labels_follow_the_names():
@@ -108,7 +109,7 @@ def test_parts_and_sums_of_sources_follow_too(tmp_path):
         (tmp_path / name).mkdir()
         for i in range(3):
             Image.new("L", (2, 2), i).save(tmp_path / name / f"{i}.png")
-    source = sources.load(f"folder:{tmp_path}", "all[1:]+all[:2]")
+    source = catalog.load(f"folder:{tmp_path}", "all[1:]+all[:2]")
     moved = as_classes(source, ("dog", "cat"))
     names = lambda source: [source.class_names[source[i]["label"]] for i in range(7)]
     assert moved.class_names == ("dog", "cat")

@@ -5,17 +5,18 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vit_jax.data import contact_sheet, presets
-from vit_jax.data.augment import OPS, TIMM_OPS
-from vit_jax.data.contact_sheet import draw_batch, draw_operations, open_photos, write_sheet
+from vit_jax import contact_sheet
+from vit_jax.contact_sheet import draw_batch, draw_operations, open_photos, write_sheet
+from vit_jax.data import recipes
 from vit_jax.data.mixing import Mixing
-from vit_jax.errors import UserError
+from vit_jax.data.transforms.augment import OPS, TIMM_OPS
+from vit_jax.system.errors import UserError
 
 
 def test_the_command_draws_a_photo(photos, tmp_path):
     photos[0].convert("L").save(tmp_path / "grey.jpg")
     output = tmp_path / "new" / "sheet.png"
-    command = [sys.executable, "-m", "vit_jax.data.contact_sheet", f"--output={output}"]
+    command = [sys.executable, "-m", "vit_jax.contact_sheet", f"--output={output}"]
     done = subprocess.run(
         [*command, "--tile=32", tmp_path / "grey.jpg"], capture_output=True, text=True
     )
@@ -46,9 +47,9 @@ def test_rows_hold_each_operation_at_each_magnitude(photo):
 def test_batches_are_transformed_and_mixed(photo):
     square = ImageOps.fit(photo, (contact_sheet.SIZE,) * 2)
     others = [square, ImageOps.invert(square)]
-    plain = draw_batch(others, presets.Recipe("resize"), seed=0)
+    plain = draw_batch(others, recipes.Recipe("resize"), seed=0)
     assert [tile.tobytes() for tile in plain] == [x.tobytes() for x in others * 4]
-    mixed = draw_batch(others, presets.Recipe("resize", Mixing(mixup=8.0)), seed=0)
+    mixed = draw_batch(others, recipes.Recipe("resize", Mixing(mixup=8.0)), seed=0)
     # A picture and its negative add up to 255, whatever the weight.
     total = np.asarray(mixed[0]).astype(int) + np.asarray(mixed[1])
     assert np.abs(total - 255).max() <= 1
@@ -71,7 +72,7 @@ def test_a_multi_crop_is_of_one_photo(photos):
 
 def test_every_preset_is_on_the_sheet():
     names = [name.removeprefix("AugReg ") for name in contact_sheet.all_recipes()]
-    assert names == [*presets.AUGREG, *presets.RECIPES]
+    assert names == [*recipes.AUGREG, *recipes.RECIPES]
 
 
 def test_photos_are_the_middle_squares(photos, tmp_path):

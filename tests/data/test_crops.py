@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from vit_jax.data.crops import sample_inception_box, sample_resized_box
+from vit_jax.data.transforms.crops import sample_inception_box, sample_resized_box
 
 SIZES = [(375, 500), (500, 375), (8, 8), (224, 224), (31, 400)]
 

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from vit_jax.data.decode import decode
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 
 def encode(image, format, **options):

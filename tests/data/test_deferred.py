@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import bad_images, deferred, pipeline
+from vit_jax.data import bad_images, pipeline
 from vit_jax.data.decode import BadImage
-from vit_jax.data.preprocess import parse_transform
-from vit_jax.data.resize import METHODS, resize
-from vit_jax.errors import UserError
+from vit_jax.data.transforms import deferred
+from vit_jax.data.transforms.language import parse_transform
+from vit_jax.data.transforms.resize import METHODS, resize
+from vit_jax.system.errors import UserError
 
 
 def noise(height, width, channels=3, seed=0):

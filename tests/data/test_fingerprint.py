@@ -13,13 +13,15 @@ from PIL import Image
 
 from tests.data.test_tfds import BUILDER
 from vit_jax import prepare
-from vit_jax.data import files, records, sources
+from vit_jax.data.sources import catalog, image_files, records
+from vit_jax.data.sources.in_memory import ArraySource
+from vit_jax.data.sources.source import Concatenation, digest, fingerprint
 
 HOW = prepare.Options(shards=3, resize_shorter=None, max_bad=None, threads=2)
 
 
 def of(source, split="train", data_dir=None):
-    return sources.fingerprint(sources.load(source, split, data_dir))
+    return fingerprint(catalog.load(source, split, data_dir))
 
 
 def touch(root, *paths):
@@ -66,7 +68,7 @@ def source(request, kept):
 def test_the_same_examples_have_the_same_fingerprint(source):
     assert of(source) == of(source)
     assert of(source, "train[:50%]") == of(source, "train[:50%]")
-    n = len(sources.load(source, "train"))
+    n = len(catalog.load(source, "train"))
     assert of(source, f"train[:{n}]") == of(source)
     assert len(of(source)) == 16
     assert int(of(source), 16) >= 0
@@ -79,29 +81,27 @@ def test_every_part_has_a_fingerprint_of_its_own(source):
 
 
 def test_a_part_of_splits_joined_is_known_by_what_it_holds():
-    digits = lambda split: sources.load("digits", split)
-    both = sources.Concatenation([digits("train[:5]"), digits("test"), digits("train[-5:]")])
-    expected = sources.Concatenation([digits("train[3:5]"), digits("test[:7]")])
-    assert both.fingerprint(3, 12) == sources.fingerprint(expected)
+    digits = lambda split: catalog.load("digits", split)
+    both = Concatenation([digits("train[:5]"), digits("test"), digits("train[-5:]")])
+    expected = Concatenation([digits("train[3:5]"), digits("test[:7]")])
+    assert both.fingerprint(3, 12) == fingerprint(expected)
     assert both.fingerprint(3, 12) != both.fingerprint(3, 13)
-    assert both.fingerprint(0, 5) == sources.digest(of("digits", "train[:5]"))
+    assert both.fingerprint(0, 5) == digest(of("digits", "train[:5]"))
 
 
 def test_fingerprints_are_those_that_runs_were_begun_with():
     """Other values would keep every run from going on that was begun before the change."""
     assert of("digits") == "e39ad58234d5a126"
     assert of("synthetic:4x4x3,classes=3,examples=40", "train[:50%]") == "ee3e871782b49262"
-    listing = files.arrange([(0, ["ant/1.png", "ant/2.png"]), (1, ["bee/1.png"])])
-    assert (
-        sources.fingerprint(listing.select("all", "/x", ("ant", "bee"))) == "182c3fcc91020e9a"
-    )
+    listing = image_files.arrange([(0, ["ant/1.png", "ant/2.png"]), (1, ["bee/1.png"])])
+    assert fingerprint(listing.select("all", "/x", ("ant", "bee"))) == "182c3fcc91020e9a"
 
 
 def test_a_digest_is_blake2_of_kinds_sizes_and_contents():
     array = np.arange(6, dtype=np.int32).reshape(2, 3)
     content = b"|u1(1,)a" + b"<i4(2, 3)" + array.tobytes()
     expected = hashlib.blake2b(content, digest_size=8).hexdigest()
-    assert sources.digest("a", array) == expected == "d55de62be5000c7e"
+    assert digest("a", array) == expected == "d55de62be5000c7e"
 
 
 # ---- arrays ------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_a_digest_is_blake2_of_kinds_sizes_and_contents():
 
 def test_arrays_are_known_by_their_content():
     images, labels = np.zeros((4, 2, 2), np.uint8), np.array([0, 1, 0, 1])
-    print_of = lambda x, y: sources.ArraySource(x, y, ("a", "b"), "mine").fingerprint(0, 4)
+    print_of = lambda x, y: ArraySource(x, y, ("a", "b"), "mine").fingerprint(0, 4)
     first = print_of(images, labels)
     assert print_of(images, labels.astype(np.int32)) == first
     assert print_of(images, labels[::-1]) != first
@@ -130,16 +130,16 @@ def test_synthetic_examples_depend_on_all_but_their_number():
 
 def test_texts_and_arrays_do_not_run_into_each_other():
     found = {
-        sources.digest(),
-        sources.digest(""),
-        sources.digest("ab"),
-        sources.digest("a", "b"),
-        sources.digest("b", "a"),
-        sources.digest(np.arange(4)),
-        sources.digest(np.arange(4).reshape(2, 2)),
-        sources.digest(np.arange(4).reshape(2, 2).T),
-        sources.digest(np.arange(4, dtype=np.int32)),
-        sources.digest(np.arange(2), np.arange(2, 4)),
+        digest(),
+        digest(""),
+        digest("ab"),
+        digest("a", "b"),
+        digest("b", "a"),
+        digest(np.arange(4)),
+        digest(np.arange(4).reshape(2, 2)),
+        digest(np.arange(4).reshape(2, 2).T),
+        digest(np.arange(4, dtype=np.int32)),
+        digest(np.arange(2), np.arange(2, 4)),
     }
     assert len(found) == 10
 
@@ -197,27 +197,27 @@ def test_a_part_without_the_new_file_stays_what_it_was(tmp_path):
     touch(tmp_path, *(f"{name}/{i}.png" for name in ("a", "b") for i in range(30)))
     before = {n: of(f"folder:{tmp_path}", f"all[:{n}]") for n in range(1, 61)}
     touch(tmp_path, "a/new.png")
-    source = sources.load(f"folder:{tmp_path}", "all")
+    source = catalog.load(f"folder:{tmp_path}", "all")
     [at] = [i for i in range(61) if source[i]["name"].endswith("new.png")]
     assert 0 < at < 60
-    for n, fingerprint in before.items():
-        assert (of(f"folder:{tmp_path}", f"all[:{n}]") == fingerprint) == (n <= at)
+    for n, printed in before.items():
+        assert (of(f"folder:{tmp_path}", f"all[:{n}]") == printed) == (n <= at)
 
 
 def test_both_sides_of_an_automatic_split_are_told_apart(tmp_path):
     touch(tmp_path, *(f"{name}/{i}.png" for name in ("a", "b") for i in range(30)))
-    found = {split: of(f"folder:{tmp_path}", split) for split in files.SPLITS}
+    found = {split: of(f"folder:{tmp_path}", split) for split in image_files.SPLITS}
     assert len(set(found.values())) == 3
 
 
 def test_what_is_remembered_of_a_folder_changes_nothing(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("VIT_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("vit_jax.data.folder.REMEMBERED_FROM", 1)
+    monkeypatch.setattr("vit_jax.data.sources.folder.REMEMBERED_FROM", 1)
     for path in (folder, *folder.rglob("*")):
         os.utime(path, (1, 1))
     found = {of(f"folder:{folder}") for _ in range(3)}
     assert len(list((tmp_path / "cache/folders").iterdir())) == 1
-    monkeypatch.setattr("vit_jax.data.folder.REMEMBERED_FROM", 10_000)
+    monkeypatch.setattr("vit_jax.data.sources.folder.REMEMBERED_FROM", 10_000)
     shutil.rmtree(tmp_path / "cache")
     assert found == {of(f"folder:{folder}")}
 
@@ -249,16 +249,16 @@ def test_one_label_is_enough_and_the_order_of_lines_is_nothing(kept, tmp_path):
 
 def test_paths_taken_out_are_those_at_the_rows():
     names = ["a", "", "ccc", "dd", "e\udcff", "ffff"]
-    paths = files.Paths.of(names)
+    paths = image_files.Paths.of(names)
     for rows in ([], [0], [5], [0, 1, 2], [1, 3, 5], [4, 5, 0, 1], [2, 2, 1], [5, 4, 3]):
         taken = paths.take(np.array(rows, np.int64))
         assert list(taken) == [names[i] for i in rows]
-        assert taken.ends.tolist() == files.Paths.of(taken).ends.tolist()
+        assert taken.ends.tolist() == image_files.Paths.of(taken).ends.tolist()
 
 
 def test_a_split_without_examples_has_a_fingerprint_too(tmp_path):
     touch(tmp_path, "a/0.png", "b/0.png")
-    assert len(sources.load(f"folder:{tmp_path}", "test")) == 0
+    assert len(catalog.load(f"folder:{tmp_path}", "test")) == 0
     assert of(f"folder:{tmp_path}", "test") != of(f"folder:{tmp_path}", "train")
 
 
@@ -267,20 +267,20 @@ def test_a_hundred_thousand_files_are_told_apart():
     names = [f"n{i % 100:08}/n{i % 100:08}_{i}.JPEG" for i in range(100_000)]
     labels, rows = np.arange(100_000, dtype=np.int32) % 100, np.arange(100_000)
     classes = tuple(map(str, range(100)))
-    source = files.FileSource("/x", files.Paths.of(names), rows, labels, classes)
+    source = image_files.FileSource("/x", image_files.Paths.of(names), rows, labels, classes)
     swapped = rows.copy()
     swapped[[70_000, 70_001]] = rows[[70_001, 70_000]]
     renamed = [*names[:70_000], names[70_000].lower(), *names[70_001:]]
     relabelled = labels.copy()
     relabelled[70_000] = 1
     others = [
-        files.FileSource("/x", source.files, swapped, labels, classes),
-        files.FileSource("/x", files.Paths.of(renamed), rows, labels, classes),
-        files.FileSource("/x", source.files, rows, relabelled, classes),
+        image_files.FileSource("/x", source.files, swapped, labels, classes),
+        image_files.FileSource("/x", image_files.Paths.of(renamed), rows, labels, classes),
+        image_files.FileSource("/x", source.files, rows, relabelled, classes),
     ]
-    assert len({sources.fingerprint(x) for x in (source, *others)}) == 4
-    again = files.FileSource("/y/z", files.Paths.of(names), rows, labels, classes)
-    assert sources.fingerprint(again) == sources.fingerprint(source)
+    assert len({fingerprint(x) for x in (source, *others)}) == 4
+    again = image_files.FileSource("/y/z", image_files.Paths.of(names), rows, labels, classes)
+    assert fingerprint(again) == fingerprint(source)
 
 
 # ---- packed ------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ def test_a_hugging_face_set_is_known_by_names_sizes_and_labels(datasets, tmp_pat
     assert of(save(datasets, tmp_path / "inside", sizes, labels, inside)) == first
     moved = (tmp_path / "first").rename(tmp_path / "moved")
     assert of(f"hf:{moved}", "train[:20]") == first
-    monkeypatch.setattr("vit_jax.data.huggingface._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("vit_jax.data.sources.huggingface._ROWS_AT_ONCE", 7)
     assert of(f"hf:{moved}") == of(f"hf:{moved}", "train[:20]")
 
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax import inference
-from vit_jax.data import files as file_lists
-from vit_jax.data import folder, sources
 from vit_jax.data.decode import decode
-from vit_jax.errors import UserError
+from vit_jax.data.sources import catalog, folder
+from vit_jax.data.sources import image_files as file_lists
+from vit_jax.evaluation import inference
+from vit_jax.system.errors import UserError
 
 # Of the 120 files of `one_folder`, by the BLAKE2 hash of their relative paths.
 GOLDEN_ORDER = ["dog/11.png", "cat/53.png", "dog/35.png", "cat/56.png"]
@@ -24,7 +24,7 @@ def touch(root, *paths):
 
 
 def files(root, split):
-    source = sources.load(f"folder:{root}", split)
+    source = catalog.load(f"folder:{root}", split)
     return [source[i]["name"].removeprefix(f"{root}/") for i in range(len(source))]
 
 
@@ -83,8 +83,8 @@ def test_a_single_image_is_for_training(tmp_path):
 
 
 def test_split_folders_keep_their_splits(split_folders):
-    train = sources.load(f"folder:{split_folders}", "train")
-    test = sources.load(f"folder:{split_folders}", "test")
+    train = catalog.load(f"folder:{split_folders}", "train")
+    test = catalog.load(f"folder:{split_folders}", "test")
     assert train.class_names == test.class_names == ("a", "b", "c")
     found = {
         (test[i]["name"].removeprefix(f"{split_folders}/"), test[i]["label"]) for i in range(2)
@@ -102,7 +102,7 @@ def test_any_name_finds_the_only_held_out_folder(tmp_path, existing, asked):
 
 def test_a_folder_to_evaluate_on_needs_no_training_split(tmp_path):
     touch(tmp_path, "val/a/0.png", "val/b/0.png")
-    source = sources.load(f"folder:{tmp_path}", "val")
+    source = catalog.load(f"folder:{tmp_path}", "val")
     assert (len(source), source.class_names) == (2, ("a", "b"))
 
 
@@ -122,7 +122,7 @@ def test_every_extension_counts_and_hidden_files_do_not(tmp_path):
 
 def test_paths_may_start_at_home(split_folders, monkeypatch):
     monkeypatch.setenv("HOME", str(split_folders.parent))
-    assert len(sources.load(f"folder:~/{split_folders.name}", "train")) == 9
+    assert len(catalog.load(f"folder:~/{split_folders.name}", "train")) == 9
 
 
 def test_parts_of_splits_work_on_folders(one_folder):
@@ -131,14 +131,14 @@ def test_parts_of_splits_work_on_folders(one_folder):
 
 
 def test_folder_sources_can_be_pickled(one_folder):
-    source = sources.load(f"folder:{one_folder}", "train")
+    source = catalog.load(f"folder:{one_folder}", "train")
     assert pickle.loads(pickle.dumps(source))[3] == source[3]
 
 
 def test_errors_name_the_folder_and_the_remedy(tmp_path, split_folders):
     def message(path, split="train"):
         with pytest.raises(UserError) as caught:
-            sources.load(f"folder:{path}", split)
+            catalog.load(f"folder:{path}", split)
         return str(caught.value)
 
     assert "nowhere' does not exist" in message(tmp_path / "nowhere")
@@ -162,7 +162,7 @@ def test_errors_name_the_folder_and_the_remedy(tmp_path, split_folders):
 
 def test_classes_that_differ_in_case_only_are_told_of(tmp_path, capsys):
     touch(tmp_path, "Cat/0.png", "cat/0.png", "dog/0.png")
-    assert sources.load(f"folder:{tmp_path}", "all").class_names == ("Cat", "cat", "dog")
+    assert catalog.load(f"folder:{tmp_path}", "all").class_names == ("Cat", "cat", "dog")
     told = capsys.readouterr().err
     assert f"note: '{tmp_path}' has classes 'Cat' and 'cat', which differ in case only" in told
     assert "dog" not in told
@@ -184,9 +184,9 @@ def test_a_pipe_is_no_image(tmp_path):
 
 
 def test_the_splits_of_a_folder_are_known(tmp_path, split_folders):
-    assert sources.split_names(f"folder:{split_folders}") == ("train", "test")
+    assert catalog.split_names(f"folder:{split_folders}") == ("train", "test")
     touch(tmp_path, "flat/a/0.png")
-    assert sources.split_names(f"folder:{tmp_path}/flat") == ("train", "test")
+    assert catalog.split_names(f"folder:{tmp_path}/flat") == ("train", "test")
 
 
 def test_names_of_files_may_be_any_bytes(tmp_path):
@@ -219,33 +219,33 @@ def test_splits_go_by_many_names_in_any_case(tmp_path, training, held_out, asked
     touch(tmp_path, f"{training}/b/0.png", f"{training}/a/1.png", f"{held_out}/b/2.png")
     assert sorted(files(tmp_path, "train")) == [f"{training}/a/1.png", f"{training}/b/0.png"]
     assert files(tmp_path, asked) == files(tmp_path, held_out) == [f"{held_out}/b/2.png"]
-    assert sources.load(f"folder:{tmp_path}", asked).class_names == ("a", "b")
-    assert sources.load(f"folder:{tmp_path}", asked)[0]["label"] == 1
-    assert sources.split_names(f"folder:{tmp_path}") == (training, held_out)
+    assert catalog.load(f"folder:{tmp_path}", asked).class_names == ("a", "b")
+    assert catalog.load(f"folder:{tmp_path}", asked)[0]["label"] == 1
+    assert catalog.split_names(f"folder:{tmp_path}") == (training, held_out)
 
 
 def test_a_split_that_is_not_there_names_those_that_are(tmp_path):
     touch(tmp_path, "Train/a/0.png", "valid/a/1.png", "Test/a/1.png", "notes/a/0.png")
     for asked in ("holdout", "all"):
         with pytest.raises(UserError, match=f"no split '{asked}'; it has Train, Test, valid"):
-            sources.load(f"folder:{tmp_path}", asked)
+            catalog.load(f"folder:{tmp_path}", asked)
     touch(tmp_path / "two", "train/a/0.png", "val/a/0.png", "valid/a/0.png")
     with pytest.raises(UserError, match="it has train, val, valid"):  # which of the two?
-        sources.load(f"folder:{tmp_path}/two", "dev")
+        catalog.load(f"folder:{tmp_path}/two", "dev")
 
 
 def test_a_class_may_be_called_train(tmp_path, capsys):
     touch(tmp_path, "train/0.png", "car/0.png", "plane/0.png")
-    assert sources.load(f"folder:{tmp_path}", "all").class_names == ("car", "plane", "train")
+    assert catalog.load(f"folder:{tmp_path}", "all").class_names == ("car", "plane", "train")
     touch(tmp_path, "set/train/a/0.png", "set/train/b/0.png", "set/extra/0.png")
-    assert sources.load(f"folder:{tmp_path}/set", "train").class_names == ("a", "b")
+    assert catalog.load(f"folder:{tmp_path}/set", "train").class_names == ("a", "b")
     assert "so the folders beside them are left out: 'extra'" in capsys.readouterr().err
 
 
 def test_a_split_beside_the_class_folders_that_it_holds_is_refused(tmp_path):
     touch(tmp_path, "a/0.png", "b/0.png", "Test/a/1.png", "Test/b/1.png")
     with pytest.raises(UserError, match="Test' is named like a split and holds class folders"):
-        sources.load(f"folder:{tmp_path}", "train")
+        catalog.load(f"folder:{tmp_path}", "train")
 
 
 # ---- nested folders --------------------------------------------------------------------------
@@ -259,21 +259,21 @@ def nested(tmp_path):
 
 
 def test_outer_folders_are_the_classes_unless_inner_ones_are_asked_for(nested, capsys):
-    assert sources.load(f"folder:{nested}", "all").class_names == ("bird", "fish")
+    assert catalog.load(f"folder:{nested}", "all").class_names == ("bird", "fish")
     assert f"('bird/emu', 'bird/owl', 'fish/cod', ...) give folder:{nested},classes=inner" in (
         capsys.readouterr().err
     )
-    inner = sources.load(f"folder:{nested},classes=inner", "all")
+    inner = catalog.load(f"folder:{nested},classes=inner", "all")
     assert inner.class_names == ("emu", "owl", "cod", "eel")
     for example in (inner[i] for i in range(len(inner))):
         assert example["name"].split("/")[-2] == inner.class_names[example["label"]]
-    assert sources.load(f"folder:{nested},classes=outer", "all").class_names == ("bird", "fish")
+    assert catalog.load(f"folder:{nested},classes=outer", "all").class_names == ("bird", "fish")
 
 
 def test_inner_folders_of_one_name_keep_their_path(tmp_path):
     touch(tmp_path, "train/x/big/0.png", "train/y/big/0.png", "train/y/z/0.png")
     touch(tmp_path, "val/y/z/0.png")
-    source = sources.load(f"folder:{tmp_path},classes=inner", "val")
+    source = catalog.load(f"folder:{tmp_path},classes=inner", "val")
     assert source.class_names == ("x/big", "y/big", "y/z")
     assert source[0]["label"] == 2
 
@@ -281,12 +281,12 @@ def test_inner_folders_of_one_name_keep_their_path(tmp_path):
 def test_a_single_folder_around_the_classes_is_asked_about(tmp_path):
     touch(tmp_path, "pets/cat/0.png", "pets/dog/0.png")
     with pytest.raises(UserError) as caught:
-        sources.load(f"folder:{tmp_path}", "all")
+        catalog.load(f"folder:{tmp_path}", "all")
     assert f"give folder:{tmp_path}/pets, else folder:{tmp_path},classes=outer" in str(
         caught.value
     )
-    assert sources.load(f"folder:{tmp_path},classes=outer", "all").class_names == ("pets",)
-    assert sources.load(f"folder:{tmp_path}/pets", "all").class_names == ("cat", "dog")
+    assert catalog.load(f"folder:{tmp_path},classes=outer", "all").class_names == ("pets",)
+    assert catalog.load(f"folder:{tmp_path}/pets", "all").class_names == ("cat", "dog")
 
 
 # ---- what counts as an image -----------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_every_format_that_is_read_is_found_by_its_endings(tmp_path):
         form = "JPEG" if ending.startswith(".j") and form == "PPM" else form
         (tmp_path / "a" / f"{i}.png").unlink()
         Image.new("RGB", (8, 8), (10, 20, 30)).save(tmp_path / "a" / f"{i}{ending}", form)
-    source = sources.load(f"folder:{tmp_path}", "all")
+    source = catalog.load(f"folder:{tmp_path}", "all")
     assert len(source) == len(readable)
     for i in range(len(source)):
         assert decode(source[i], 3).size == (8, 8)
@@ -354,11 +354,11 @@ def forbid_scan(monkeypatch):
 
 def test_a_second_start_reads_the_index(one_folder, cache, monkeypatch):
     before = {split: files(one_folder, split) for split in file_lists.SPLITS}
-    labels = sources.load(f"folder:{one_folder}", "all").labels
+    labels = catalog.load(f"folder:{one_folder}", "all").labels
     assert len(list(cache.iterdir())) == 1
     forbid_scan(monkeypatch)
     assert {split: files(one_folder, split) for split in file_lists.SPLITS} == before
-    again = sources.load(f"folder:{one_folder}", "all")
+    again = catalog.load(f"folder:{one_folder}", "all")
     np.testing.assert_array_equal(again.labels, labels)
     assert again.class_names == ("cat", "dog")
     assert not [p for p in one_folder.rglob("*") if p.suffix not in ("", ".png")]

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import decode, huggingface, sources
-from vit_jax.errors import UserError
+from vit_jax.data import decode
+from vit_jax.data.sources import catalog, huggingface
+from vit_jax.system.errors import UserError
 
 datasets = pytest.importorskip("datasets")
 
@@ -57,21 +58,21 @@ def check(source, first, n):
 
 def message(name, split="train"):
     with pytest.raises(UserError) as caught:
-        sources.load(f"hf:{name}", split)
+        catalog.load(f"hf:{name}", split)
     return str(caught.value)
 
 
 def test_a_folder_saved_to_disk(both, tmp_path):
     both.save_to_disk(str(tmp_path / "both"))
     name = f"hf:{tmp_path / 'both'}"
-    check(sources.load(name, "train"), 0, 37)
-    check(sources.load(name, "val"), 100, 5)
-    assert sources.load(name, "train").class_names == tuple(NAMES)
-    assert sources.split_names(name) == ("train", "test")
-    assert sources.load(name, "test")[2]["name"] == f"{name} test[2] (102.png)"
-    assert sources.load(name, "test")[2]["image"] == png(102)
+    check(catalog.load(name, "train"), 0, 37)
+    check(catalog.load(name, "val"), 100, 5)
+    assert catalog.load(name, "train").class_names == tuple(NAMES)
+    assert catalog.split_names(name) == ("train", "test")
+    assert catalog.load(name, "test")[2]["name"] == f"{name} test[2] (102.png)"
+    assert catalog.load(name, "test")[2]["image"] == png(102)
     both["train"].save_to_disk(str(tmp_path / "one"))
-    check(sources.load(f"hf:{tmp_path / 'one'}", "train"), 0, 37)
+    check(catalog.load(f"hf:{tmp_path / 'one'}", "train"), 0, 37)
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
@@ -85,9 +86,9 @@ def test_files_of_parquet_and_arrow(both, tmp_path, ending):
             part.save_to_disk(str(tmp_path / split))
             (written,) = (tmp_path / split).glob("*.arrow")
             written.rename(path)
-    check(sources.load(f"hf:{tmp_path / 'files'}", "train"), 0, 37)
-    check(sources.load(f"hf:{tmp_path / 'files'}", "test"), 100, 5)
-    check(sources.load(f"hf:{path.parent}/train-00000-of-00001.{ending}", "train"), 0, 37)
+    check(catalog.load(f"hf:{tmp_path / 'files'}", "train"), 0, 37)
+    check(catalog.load(f"hf:{tmp_path / 'files'}", "test"), 100, 5)
+    check(catalog.load(f"hf:{path.parent}/train-00000-of-00001.{ending}", "train"), 0, 37)
 
 
 def test_an_imagefolder(tmp_path):
@@ -95,8 +96,8 @@ def test_an_imagefolder(tmp_path):
         for name in NAMES:
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "0.png").write_bytes(png(len(name)))
-    ours = sources.load(f"folder:{tmp_path}", "test")
-    theirs = sources.load(f"hf:{tmp_path}", "test")
+    ours = catalog.load(f"folder:{tmp_path}", "test")
+    theirs = catalog.load(f"hf:{tmp_path}", "test")
     assert theirs.class_names == ours.class_names
     ours, theirs = ([source[i] for i in range(3)] for source in (ours, theirs))
     assert sorted((e["image"], e["label"]) for e in ours) == [
@@ -116,7 +117,7 @@ def test_splits_are_written_as_for_every_source(both, tmp_path, split):
         "train[10:20]": whole["train"][10:20],
         "train[50%:]+test": whole["train"][18:] + whole["test"],
     }
-    assert greys(sources.load(f"hf:{tmp_path}", split)) == expected[split]
+    assert greys(catalog.load(f"hf:{tmp_path}", split)) == expected[split]
 
 
 @pytest.mark.parametrize("kind", ["int64", "uint8", "string", "large_string"])
@@ -126,7 +127,7 @@ def test_a_column_called_label_will_do(tmp_path, kind):
         7, label=(column, datasets.Value(kind)), other=([1] * 7, datasets.Value("int8"))
     )
     data.save_to_disk(str(tmp_path))
-    source = sources.load(f"hf:{tmp_path}", "train")
+    source = catalog.load(f"hf:{tmp_path}", "train")
     names = ("aa", "m", "x") if "string" in kind else ("0", "1", "2")
     assert source.class_names == names
     labels = [2, 0, 1] if "string" in kind else [0, 1, 2]
@@ -137,7 +138,7 @@ def test_a_column_called_label_will_do(tmp_path, kind):
 def test_a_class_label_comes_before_a_column_of_that_name(tmp_path):
     fine = ([i % 2 for i in range(4)], datasets.ClassLabel(names=["x", "y"]))
     table(4, (["q"] * 4, datasets.Value("string")), fine=fine).save_to_disk(str(tmp_path))
-    assert sources.load(f"hf:{tmp_path}", "train").class_names == ("x", "y")
+    assert catalog.load(f"hf:{tmp_path}", "train").class_names == ("x", "y")
 
 
 def test_columns_are_found_by_their_kind(tmp_path):
@@ -149,7 +150,7 @@ def test_columns_are_found_by_their_kind(tmp_path):
         ),
     )
     data.save_to_disk(str(tmp_path))
-    source = sources.load(f"hf:{tmp_path}", "train")
+    source = catalog.load(f"hf:{tmp_path}", "train")
     assert source[0] == {"image": png(3), "label": 1, "name": f"hf:{tmp_path} train[0]"}
 
 
@@ -179,35 +180,35 @@ def test_columns_by_convention_come_before_others(tmp_path):
         fine_label=classes(list("xyz"), 3),
         label=classes(list("uvw"), 3),
     )
-    source = sources.load(name, "train")
+    source = catalog.load(name, "train")
     assert (source.image_key, source.label_key) == ("image", "label")
     assert source.class_names == ("u", "v", "w")
     assert greys(source) == list(range(6))
-    chosen = sources.load(f"{name},image=mask,label=gender", "train[1:]")
+    chosen = catalog.load(f"{name},image=mask,label=gender", "train[1:]")
     assert chosen.class_names == ("m", "f")
     assert greys(chosen) == list(range(101, 106))
     assert [chosen[i]["label"] for i in range(5)] == [1, 0, 1, 0, 1]
     with pytest.raises(UserError, match="has no images in its column 'gender'; choose another"):
-        sources.load(f"{name},image=gender", "train")
+        catalog.load(f"{name},image=gender", "train")
     with pytest.raises(
         UserError, match="no column 'age'; give label=NAME with one of mask, im"
     ):
-        sources.load(f"{name},label=age", "train")
+        catalog.load(f"{name},label=age", "train")
 
 
 def test_a_choice_that_is_left_open_is_refused(tmp_path):
     kinds = {"breed": classes(["a", "b"], 2), "coat": classes(["s", "l"], 2)}
     name = many(tmp_path / "labels", image=pictures(0), **kinds)
     with pytest.raises(UserError) as caught:
-        sources.load(name, "train")
+        catalog.load(name, "train")
     assert str(caught.value) == (
         f"{name} has several columns that can be the label: breed, coat; choose one, as in "
         f"{name},label=breed."
     )
     name = many(tmp_path / "images", left=pictures(0), right=pictures(9), **kinds)
     with pytest.raises(UserError, match=r"the image: left, right; choose .*,image=left\."):
-        sources.load(f"{name},label=coat", "train")
-    assert greys(sources.load(f"{name},label=coat,image=right", "train")) == list(range(9, 15))
+        catalog.load(f"{name},label=coat", "train")
+    assert greys(catalog.load(f"{name},label=coat,image=right", "train")) == list(range(9, 15))
 
 
 @pytest.mark.parametrize("kind", ["binary", "struct"])
@@ -223,8 +224,8 @@ def test_images_stored_as_bytes_in_parquet(tmp_path, kind):
     )
     pq.write_table(table, tmp_path / "train.parquet")
     for source in (
-        sources.load(f"hf:{tmp_path}/train.parquet", "train"),
-        sources.load(f"hf:{tmp_path}", "train"),
+        catalog.load(f"hf:{tmp_path}/train.parquet", "train"),
+        catalog.load(f"hf:{tmp_path}", "train"),
     ):
         assert greys(source) == list(range(5))
         assert source.labels.tolist() == [0, 1, 2, 1, 0]
@@ -268,23 +269,23 @@ def test_an_imagefolder_of_splits_in_capitals(tmp_path, held_out):
         for i, name in enumerate(NAMES):
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "0.png").write_bytes(png(first + i))
-    source = sources.load(f"hf:{tmp_path}", "train")
+    source = catalog.load(f"hf:{tmp_path}", "train")
     assert (greys(source), source.class_names) == ([0, 1, 2], tuple(NAMES))
-    assert greys(sources.load(f"hf:{tmp_path}", "val")) == [100, 101, 102]
+    assert greys(catalog.load(f"hf:{tmp_path}", "val")) == [100, 101, 102]
 
 
 @pytest.mark.parametrize("asked", ["val", "dev", "Validation", "valid"])
 def test_splits_go_by_many_names(both, tmp_path, asked):
     data = datasets.DatasetDict(training=both["train"], valid=both["test"], extra=both["test"])
     data.save_to_disk(str(tmp_path))
-    assert sources.load(f"hf:{tmp_path}", "train").name == f"hf:{tmp_path} training"
-    assert sources.load(f"hf:{tmp_path}", asked).name == f"hf:{tmp_path} valid"
+    assert catalog.load(f"hf:{tmp_path}", "train").name == f"hf:{tmp_path} training"
+    assert catalog.load(f"hf:{tmp_path}", asked).name == f"hf:{tmp_path} valid"
     assert "no split 'tset'; it has training, extra, valid" in message(tmp_path, "tset")
 
 
 def test_sources_can_be_pickled_and_indexed_from_the_end(both, tmp_path):
     both.save_to_disk(str(tmp_path))
-    source = sources.load(f"hf:{tmp_path}", "train")
+    source = catalog.load(f"hf:{tmp_path}", "train")
     again = pickle.loads(pickle.dumps(source))
     assert again[3] == source[3]
     assert source[-1] == source[36]
@@ -305,7 +306,7 @@ def test_an_image_that_is_missing_is_a_bad_one(tmp_path):
     data = table(2, label).remove_columns("image").add_column("image", [None, None])
     data.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path))
     with pytest.raises(decode.BadImage, match=r"train\[1\] is empty"):
-        decode.decode(sources.load(f"hf:{tmp_path}", "train")[1], 3)
+        decode.decode(catalog.load(f"hf:{tmp_path}", "train")[1], 3)
 
 
 def test_errors_name_the_set_and_the_remedy(both, tmp_path, monkeypatch):

@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from vit_jax.data import kept, pipeline, preprocess, sources
+from vit_jax.data import image_cache, pipeline
 from vit_jax.data.decode import decode
-from vit_jax.data.kept import Kept
-from vit_jax.errors import UserError
+from vit_jax.data.image_cache import Kept
+from vit_jax.data.sources import catalog
+from vit_jax.data.transforms import language
+from vit_jax.system.errors import UserError
 
 
 @pytest.fixture
@@ -26,7 +28,7 @@ def remove_all(folder):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_small_images_outlive_their_files(folder, channels):
-    source = sources.load(f"folder:{folder}", "all")
+    source = catalog.load(f"folder:{folder}", "all")
     expected = [np.asarray(decode(source[i], channels)) for i in range(6)]
     images = Kept(source, channels)
     first = [images[i] for i in range(6)]
@@ -41,7 +43,7 @@ def test_small_images_outlive_their_files(folder, channels):
 def test_larger_images_are_read_again(tmp_path, photo):
     (tmp_path / "a").mkdir()
     photo.save(tmp_path / "a" / "0.png")
-    images = Kept(sources.load(f"folder:{tmp_path}", "all"), 3)
+    images = Kept(catalog.load(f"folder:{tmp_path}", "all"), 3)
     assert images[0]["image"].size == photo.size
     remove_all(tmp_path)
     with pytest.raises(UserError, match="cannot be decoded"):
@@ -49,15 +51,15 @@ def test_larger_images_are_read_again(tmp_path, photo):
 
 
 def test_what_is_kept_cannot_be_painted_over(folder):
-    images = Kept(sources.load(f"folder:{folder}", "all"), 3)
+    images = Kept(catalog.load(f"folder:{folder}", "all"), 3)
     before = np.asarray(images[1]["image"]).copy()
     images[1]["image"].paste((255, 0, 0), (0, 0, 30, 40))
     np.testing.assert_array_equal(np.asarray(images[1]["image"]), before)
 
 
 def test_no_more_is_kept_than_there_is_room_for(folder):
-    source = sources.load(f"folder:{folder}", "all")
-    each = 30 * 40 * 3 + kept.OVERHEAD
+    source = catalog.load(f"folder:{folder}", "all")
+    each = 30 * 40 * 3 + image_cache.OVERHEAD
     images = Kept(source, 3, room=each + 1)  # begins a second one, and then is full
     for i in range(6):
         images[i]
@@ -68,15 +70,15 @@ def test_no_more_is_kept_than_there_is_room_for(folder):
 
 
 def test_arrays_are_not_kept_twice():
-    images = Kept(sources.load("digits", "train"), 1)
+    images = Kept(catalog.load("digits", "train"), 1)
     images[0]
-    assert images.room == kept.ROOM
+    assert images.room == image_cache.ROOM
 
 
 @pytest.mark.parametrize("threads", [0, 4])
 def test_the_second_epoch_is_what_it_was_with_files(folder, threads):
-    source = sources.load(f"folder:{folder}", "all")
-    transform = preprocess.parse_transform("random_resized_crop|flip", (16, 16))
+    source = catalog.load(f"folder:{folder}", "all")
+    transform = language.parse_transform("random_resized_crop|flip", (16, 16))
 
     def images(first_step, steps, meanwhile=lambda: None):
         options = {"transform": transform, "channels": 3, "batch_size": 6, "seed": 3}

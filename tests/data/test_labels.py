@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import multi_label, sources
-from vit_jax.errors import UserError
+from vit_jax.data.sources import catalog, multi_label
+from vit_jax.system.errors import UserError
 
 
 def touch(root, *paths):
@@ -29,7 +29,7 @@ def rows(source):
 
 def message(path, split="train"):
     with pytest.raises(UserError) as caught:
-        sources.load(f"folder:{path}", split)
+        catalog.load(f"folder:{path}", split)
     return str(caught.value)
 
 
@@ -58,7 +58,7 @@ def images(tmp_path):
 )
 def test_files_of_labels_in_every_form(images, name, lines):
     write(images / name, *lines)
-    source = sources.load(f"folder:{images}", "all")
+    source = catalog.load(f"folder:{images}", "all")
     assert rows(source) == [("0.png", 1), ("1.png", 0), ("2.png", 1)]
     assert source.class_names == ("cat", "dog")
     assert source.labels.dtype == np.int32
@@ -68,7 +68,7 @@ def test_files_of_labels_in_every_form(images, name, lines):
 def test_any_name_will_do_when_it_is_given(images):
     write(images / "ours.csv", "file,label", "0.png,a", "1.png,b", "2.png,a")
     write(images / "labels.csv", "this is not looked at")
-    source = sources.load(f"folder:{images}/ours.csv", "all")
+    source = catalog.load(f"folder:{images}/ours.csv", "all")
     assert rows(source) == [("0.png", 0), ("1.png", 1), ("2.png", 0)]
 
 
@@ -78,11 +78,11 @@ def test_one_file_is_split_as_class_folders_are(tmp_path):
     write(tmp_path / "folders.csv", "file,label", *(f"folders/{p},{p[:3]}" for p in paths))
     write(tmp_path / "folders" / "x.csv", "file,label", *(f"{p},{p[:3]}" for p in paths))
     for split in ("train", "test", "train[:50%]", "all"):
-        listed = sources.load(f"folder:{tmp_path}/folders/x.csv", split)
-        found = sources.load(f"folder:{tmp_path}/folders", split)
+        listed = catalog.load(f"folder:{tmp_path}/folders/x.csv", split)
+        found = catalog.load(f"folder:{tmp_path}/folders", split)
         assert [listed[i] for i in range(len(listed))] == [found[i] for i in range(len(found))]
-    assert sources.split_names(f"folder:{tmp_path}/folders.csv") == ("train", "test")
-    assert len(sources.load(f"folder:{tmp_path}/folders.csv", "test")) in range(4, 22)
+    assert catalog.split_names(f"folder:{tmp_path}/folders.csv") == ("train", "test")
+    assert len(catalog.load(f"folder:{tmp_path}/folders.csv", "test")) in range(4, 22)
 
 
 def test_a_column_may_say_which_split(images):
@@ -90,17 +90,17 @@ def test_a_column_may_say_which_split(images):
         f"{i}.png,{'ab'[i % 2]},{split}" for i, split in enumerate(["train"] * 3 + ["test"] * 2)
     ]
     write(images / "labels.csv", "file,label,split", *lines)
-    assert sources.split_names(f"folder:{images}") == ("train", "test")
-    assert rows(sources.load(f"folder:{images}", "train")) == [
+    assert catalog.split_names(f"folder:{images}") == ("train", "test")
+    assert rows(catalog.load(f"folder:{images}", "train")) == [
         ("0.png", 0),
         ("1.png", 1),
         ("2.png", 0),
     ]
-    assert rows(sources.load(f"folder:{images}", "val")) == [("3.png", 1), ("4.png", 0)]
+    assert rows(catalog.load(f"folder:{images}", "val")) == [("3.png", 1), ("4.png", 0)]
     write(images / "labels.csv", "file,label,split", "0.png,a,spare")
     assert "line 2 has split 'spare'; use one of train, training, val" in message(images)
     write(images / "labels.csv", "file,label,split", "0.png,a,Training", "1.png,a,dev")
-    assert rows(sources.load(f"folder:{images}", "validation")) == [("1.png", 0)]
+    assert rows(catalog.load(f"folder:{images}", "validation")) == [("1.png", 0)]
 
 
 @pytest.mark.parametrize("inside", ["", "train/"])
@@ -108,9 +108,9 @@ def test_splits_made_by_you(tmp_path, inside):
     touch(tmp_path, f"{inside}0.png", f"{inside}1.png", "eval/2.png")
     write(tmp_path / "train.csv", "file,label", "0.png,dog", "1.png,cat")
     write(tmp_path / "validation.csv", "file,label", "eval/2.png,dog")
-    assert rows(sources.load(f"folder:{tmp_path}", "train")) == [("0.png", 1), ("1.png", 0)]
-    assert rows(sources.load(f"folder:{tmp_path}", "val")) == [("2.png", 1)]
-    assert sources.split_names(f"folder:{tmp_path}") == ("train", "validation")
+    assert rows(catalog.load(f"folder:{tmp_path}", "train")) == [("0.png", 1), ("1.png", 0)]
+    assert rows(catalog.load(f"folder:{tmp_path}", "val")) == [("2.png", 1)]
+    assert catalog.split_names(f"folder:{tmp_path}") == ("train", "validation")
     assert "has no split 'spare'; it has train, validation" in message(tmp_path, "spare")
 
 
@@ -122,14 +122,14 @@ def test_the_layout_of_imagefolder(tmp_path):
             for name in ("0.png", "deep/1.png")
         ]
         write(tmp_path / split / "metadata.jsonl", *lines)
-    assert rows(sources.load(f"folder:{tmp_path}", "train")) == [("0.png", 1), ("1.png", 0)]
-    assert rows(sources.load(f"folder:{tmp_path}", "test")) == [("0.png", 0), ("1.png", 0)]
+    assert rows(catalog.load(f"folder:{tmp_path}", "train")) == [("0.png", 1), ("1.png", 0)]
+    assert rows(catalog.load(f"folder:{tmp_path}", "test")) == [("0.png", 0), ("1.png", 0)]
 
 
 def test_images_may_lie_anywhere(tmp_path, images):
     elsewhere = tmp_path / "elsewhere"
     write(elsewhere / "labels.csv", "file,label", f"{images}/0.png,a", "../1.png,b")
-    assert rows(sources.load(f"folder:{elsewhere}", "all")) == [("0.png", 0), ("1.png", 1)]
+    assert rows(catalog.load(f"folder:{elsewhere}", "all")) == [("0.png", 0), ("1.png", 1)]
 
 
 def test_the_order_mixes_classes_and_ignores_that_of_the_lines(tmp_path):
@@ -137,7 +137,7 @@ def test_the_order_mixes_classes_and_ignores_that_of_the_lines(tmp_path):
     lines = [f"{i}.png,{i // 30}" for i in range(60)]
     write(tmp_path / "a.csv", "file,label", *lines)
     write(tmp_path / "b.csv", "file,label", *reversed(lines))
-    one, other = (sources.load(f"folder:{tmp_path}/{x}.csv", "all") for x in "ab")
+    one, other = (catalog.load(f"folder:{tmp_path}/{x}.csv", "all") for x in "ab")
     assert [one[i] for i in range(60)] == [other[i] for i in range(60)]
     assert sum(a != b for a, b in itertools.pairwise(one.labels)) > 15
 
@@ -147,7 +147,7 @@ def test_the_order_mixes_classes_and_ignores_that_of_the_lines(tmp_path):
 
 def test_numbers_are_positions(images, capsys):
     write(images / "labels.csv", "file,label", "0.png,10", "1.png,2", "2.png,002", "3.png,0")
-    source = sources.load(f"folder:{images}", "all")
+    source = catalog.load(f"folder:{images}", "all")
     assert rows(source) == [("0.png", 10), ("1.png", 2), ("2.png", 2), ("3.png", 0)]
     assert source.class_names == tuple(map(str, range(11)))
     assert (
@@ -162,14 +162,14 @@ def test_numbers_in_json_are_numbers(images):
         "",
         '{"file": "1.png", "label": 0}',
     )
-    assert rows(sources.load(f"folder:{images}", "all")) == [("0.png", 1), ("1.png", 0)]
+    assert rows(catalog.load(f"folder:{images}", "all")) == [("0.png", 1), ("1.png", 0)]
 
 
 @pytest.mark.parametrize("labels", [("dog", "cat", "dog"), ("1", "0", "1")])
 def test_classes_txt_says_what_the_classes_are(images, labels, capsys):
     write(images / "classes.txt", "cat", "dog", "", "eel")
     write(images / "labels.csv", "file,label", *(f"{i}.png,{x}" for i, x in enumerate(labels)))
-    source = sources.load(f"folder:{images}", "all")
+    source = catalog.load(f"folder:{images}", "all")
     assert source.class_names == ("cat", "dog", "eel")
     assert rows(source) == [("0.png", 1), ("1.png", 0), ("2.png", 1)]
     assert "no image of 1 of the 3 classes, the first of them 'eel'" in capsys.readouterr().err
@@ -178,7 +178,7 @@ def test_classes_txt_says_what_the_classes_are(images, labels, capsys):
 def test_labels_of_digits_beside_words_are_words(images):
     write(images / "train.csv", "file,label", "0.png,7", "1.png,x")
     write(images / "val.csv", "file,label", "2.png,7")
-    assert rows(sources.load(f"folder:{images}", "val")) == [("2.png", 0)]
+    assert rows(catalog.load(f"folder:{images}", "val")) == [("2.png", 0)]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_ids_without_an_ending_in_a_folder_beside_the_table(tmp_path):
     """Kaggle's layout: labels.csv with `id,breed`, and the images of both splits in folders."""
     touch(tmp_path, "train/0a1.jpg", "train/b.c.png", "train/7.jpeg", "test/zz.jpg")
     write(tmp_path / "labels.csv", "id,breed", "0a1,pug", "b.c,collie", "7,pug")
-    source = sources.load(f"folder:{tmp_path}", "all")
+    source = catalog.load(f"folder:{tmp_path}", "all")
     assert rows(source) == [("0a1.jpg", 1), ("7.jpeg", 1), ("b.c.png", 0)]
     touch(tmp_path, "train/7.png")
     assert "names '7', and there are '7.jpeg' and '7.png'; add the ending" in message(tmp_path)
@@ -226,17 +226,17 @@ def test_ids_without_an_ending_in_a_folder_beside_the_table(tmp_path):
 def test_names_with_backslashes_and_tables_in_capitals(tmp_path):
     touch(tmp_path, "cat/0.png", "dog/1.png")
     write(tmp_path / "Labels.CSV", "Image,Label", "cat\\0.png,x", ".\\dog\\1,y")
-    source = sources.load(f"folder:{tmp_path}", "all")
+    source = catalog.load(f"folder:{tmp_path}", "all")
     assert rows(source) == [("0.png", 0), ("1.png", 1)]
     touch(tmp_path, "cat/a\\b.png")  # which is a name, too, where it exists
     write(tmp_path / "Labels.CSV", "Image,Label", "cat/a\\b.png,x")
-    assert rows(sources.load(f"folder:{tmp_path}", "all")) == [("a\\b.png", 0)]
+    assert rows(catalog.load(f"folder:{tmp_path}", "all")) == [("a\\b.png", 0)]
 
 
 def test_the_folder_of_a_split_is_found_by_its_name(tmp_path):
     touch(tmp_path, "train_images/1.png", "test_images/1.png")
     write(tmp_path / "train.csv", "image_id,label", "1,x")
-    assert rows(sources.load(f"folder:{tmp_path}", "train")) == [("1.png", 0)]
+    assert rows(catalog.load(f"folder:{tmp_path}", "train")) == [("1.png", 0)]
     (tmp_path / "train_images").rename(tmp_path / "other")
     assert "lies in each of 'other', 'test_images' beside it" in message(tmp_path)
 
@@ -254,7 +254,7 @@ def test_the_folder_of_a_split_is_found_by_its_name(tmp_path):
 )
 def test_columns_by_convention_or_by_choice(images, head, line, options):
     write(images / "t.csv", head, line)
-    source = sources.load(f"folder:{images}/t.csv{options}", "all")
+    source = catalog.load(f"folder:{images}/t.csv{options}", "all")
     assert (rows(source), source.class_names) == ([("0.png", 0)], ("x",))
 
 
@@ -285,14 +285,14 @@ def test_booleans_and_whole_floats_are_labels(images, labels, names):
     lines = [json.dumps({"file": f"{i}.png", "label": x}) for i, x in enumerate(values)]
     write(images / "t.jsonl", *lines)
     for name in ("labels.csv", "t.jsonl"):
-        source = sources.load(f"folder:{images}/{name}", "all")
+        source = catalog.load(f"folder:{images}/{name}", "all")
         assert source.class_names == names
         assert rows(source) == [("0.png", 1), ("1.png", 0), ("2.png", 1)]
 
 
 def test_labels_that_look_like_something_else_are_told_of(images, capsys):
     write(images / "t.csv", "file,label", "0.png,cat", "1.png,dog", "2.png,cat dog")
-    assert sources.load(f"folder:{images}/t.csv", "all").class_names == (
+    assert catalog.load(f"folder:{images}/t.csv", "all").class_names == (
         "cat",
         "cat dog",
         "dog",
@@ -301,21 +301,21 @@ def test_labels_that_look_like_something_else_are_told_of(images, capsys):
     assert "class 'cat dog': if these are several labels" in said
     assert "data.multi_label=space" in said
     write(images / "u.csv", "file,label", "0.png,1.5", "1.png,2.0")
-    assert sources.load(f"folder:{images}/u.csv", "all").class_names == ("1.5", "2.0")
+    assert catalog.load(f"folder:{images}/u.csv", "all").class_names == ("1.5", "2.0")
     assert "labels such as 1.5, which are taken for names" in capsys.readouterr().err
     write(images / "v.csv", "file,label", "0.png,big cat", "1.png,big dog")
-    sources.load(f"folder:{images}/v.csv", "all")
+    catalog.load(f"folder:{images}/v.csv", "all")
     assert "several" not in capsys.readouterr().err
 
 
 def test_a_table_beside_class_folders_says_what_it_leaves_out(tmp_path, capsys):
     touch(tmp_path, *(f"{name}/{i}.png" for name in ("cat", "dog") for i in range(5)))
     write(tmp_path / "labels.csv", "file,label", "cat/0.png,tom", "dog/1.png,rex")
-    assert sources.load(f"folder:{tmp_path}", "all").class_names == ("rex", "tom")
+    assert catalog.load(f"folder:{tmp_path}", "all").class_names == ("rex", "tom")
     said = capsys.readouterr().err
     assert "labels.csv' lists 2 images, and 8 others below" in said
     assert f"for that give folder:{tmp_path},classes=outer" in said
-    by_folder = sources.load(f"folder:{tmp_path},classes=outer", "all")
+    by_folder = catalog.load(f"folder:{tmp_path},classes=outer", "all")
     assert (by_folder.class_names, len(by_folder)) == (("cat", "dog"), 10)
 
 
@@ -384,7 +384,7 @@ def test_classes_are_not_so_many_that_memory_is_full(images, monkeypatch):
     several = [json.dumps({"image": f"{i}.png", "label": [999_999]}) for i in range(6)]
     write(images / "labels.jsonl", *several)
     with pytest.raises(UserError, match="6 images with 1,000,000 classes are too many"):
-        sources.load(f"folder:{images}", "train", multi_label="auto")
+        catalog.load(f"folder:{images}", "train", multi_label="auto")
     one = [json.dumps({"image": f"{i}.png", "label": 10**6}) for i in range(6)]
     write(images / "labels.jsonl", *one)
     assert "line 1 has label 1000000; number the classes from 0" in message(images)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from vit_jax.data.mixing import Mixing, mix
-from vit_jax.errors import UserError
 from vit_jax.objectives.classification import smooth_labels, softmax_cross_entropy
+from vit_jax.system.errors import UserError
 
 DRAWS = 3000
 DEIT = Mixing(mixup=0.8, cutmix=1.0, mix_form="timm")

@@ -9,10 +9,12 @@ from PIL import Image
 
 from tests.data.test_pipeline import assert_same
 from tests.data.test_pipeline import train as train_plain
-from vit_jax.data import pipeline, presets, sources
+from vit_jax.data import pipeline, recipes
 from vit_jax.data.pipeline import Views
-from vit_jax.data.preprocess import parse_transform
-from vit_jax.errors import UserError
+from vit_jax.data.sources import catalog
+from vit_jax.data.sources.in_memory import ArraySource
+from vit_jax.data.transforms.language import parse_transform
+from vit_jax.system.errors import UserError
 
 AUGMENT = parse_transform("inception_crop|flip|randaugment(2, 10)", (12, 8))
 LARGE = Views(parse_transform("random_resized_crop(0.4, 1.0)|solarize(0.5)", (10, 14)), 1)
@@ -26,7 +28,7 @@ def train(source, steps, views=VIEWS, transform=AUGMENT, **options):
 
 @pytest.fixture(scope="module")
 def noise():
-    return sources.load("synthetic:20x24x3,classes=10,examples=19", "train")
+    return catalog.load("synthetic:20x24x3,classes=10,examples=19", "train")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def test_batches_hold_so_many_of_each_view(reference):
 
 
 def test_grey_images_keep_their_channel():
-    [batch] = train(sources.load("digits", "train"), 1, channels=1)
+    [batch] = train(catalog.load("digits", "train"), 1, channels=1)
     assert batch["small"].shape == (8, 3, 6, 4, 1)
 
 
@@ -70,7 +72,7 @@ def generator(seed, place):
 
 def test_views_are_drawn_after_the_image_from_the_same_pixels():
     """All made anew, one example after the other, from the only image that there is."""
-    alike = sources.load("synthetic:20x24x3,classes=10,examples=1", "train")
+    alike = catalog.load("synthetic:20x24x3,classes=10,examples=1", "train")
     [batch] = train(alike, 1, seed=7)
     whole = Image.fromarray(alike[0]["image"])
     for place in range(8):
@@ -84,7 +86,7 @@ def test_views_are_drawn_after_the_image_from_the_same_pixels():
 def test_every_view_is_of_the_image_beside_it():
     grey = np.arange(30, dtype=np.uint8)
     plain = np.broadcast_to(grey[:, None, None], (30, 9, 9))
-    source = sources.ArraySource(plain, grey % 10, tuple("0123456789"), "plain")
+    source = ArraySource(plain, grey % 10, tuple("0123456789"), "plain")
     crop = Views(parse_transform("random_resized_crop(0.1, 0.5)", (2, 3)), 4)
     resize = parse_transform("resize", (1, 1))
     for batch in train(source, 5, {"crops": crop}, resize, channels=1, repeats=2):
@@ -98,7 +100,7 @@ def test_an_image_is_decoded_once(photo, monkeypatch):
     photo.resize((80, 60)).save(encoded, "PNG")  # too large to be kept
     opened = []
 
-    class Encoded(sources.ArraySource):
+    class Encoded(ArraySource):
         def __getitem__(self, i):
             return super().__getitem__(i) | {"image": encoded.getvalue()}
 
@@ -144,17 +146,17 @@ def test_resuming_is_exact(noise, reference, workers):
 
 def test_dinos_crops_are_as_published():
     """Counts and sizes of `main_dino.py`'s defaults; the transforms are the presets'."""
-    transform, views = presets.dino()
+    transform, views = recipes.dino()
     assert list(views) == ["global_2", "local"]
     assert [view.count for view in views.values()] == [1, 8]
     transforms = [transform, *(view.transform for view in views.values())]
     assert [each.image_size for each in transforms] == [(224, 224), (224, 224), (96, 96)]
     names = ("dino_global_1", "dino_global_2", "dino_local")
-    assert [each.spec for each in transforms] == [presets.RECIPES[n].transform for n in names]
+    assert [each.spec for each in transforms] == [recipes.RECIPES[n].transform for n in names]
 
 
 def test_dinos_crops_come_in_other_sizes_and_numbers(noise):
-    transform, views = presets.dino(6, global_size=(28, 42), local_size=(14, 14))
+    transform, views = recipes.dino(6, global_size=(28, 42), local_size=(14, 14))
     [batch] = train(noise, 1, views, transform, batch_size=2)
     assert batch["image"].shape == (2, 28, 42, 3)
     assert batch["global_2"].shape == (2, 1, 28, 42, 3)
@@ -166,7 +168,7 @@ def test_local_crops_show_less_than_global_ones():
     ramp = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (256, 1)))
     shown = {}
     for name in ("dino_global_1", "dino_local"):
-        crop = presets.RECIPES[name].transform.split("|")[0]
+        crop = recipes.RECIPES[name].transform.split("|")[0]
         transform, rng = parse_transform(crop, (32, 32)), np.random.default_rng(0)
         spans = [np.ptp(np.asarray(transform(ramp, rng)).mean(0)) / 248 for _ in range(500)]
         shown[name] = np.mean(np.square(spans))  # about the area

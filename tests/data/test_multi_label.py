@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import multi_label, pipeline, sources
-from vit_jax.data.classes import as_classes
-from vit_jax.data.preprocess import parse_transform
-from vit_jax.errors import UserError
+from vit_jax.data import pipeline
+from vit_jax.data.sources import catalog, multi_label
+from vit_jax.data.sources.classes import as_classes
+from vit_jax.data.transforms.language import parse_transform
 from vit_jax.prepare import Options, prepare
+from vit_jax.system.errors import UserError
 
 LABELS = [("cat",), ("dog", "cat"), (), ("emu",), ("dog", "emu", "cat")]
 NAMES = ("cat", "dog", "emu")
@@ -55,14 +56,14 @@ FORMS = ("columns", "json", "auto ;", "auto |", "space", "/")
 @pytest.mark.parametrize("form", FORMS)
 def test_labels_in_every_form(images, form):
     name, setting = table(images, form)
-    source = sources.load(name, "all", multi_label=setting)
+    source = catalog.load(name, "all", multi_label=setting)
     assert source.class_names == NAMES
     for i in range(5):
         example = source[i]
         row = int(example["name"].split("/")[-1][0])
         np.testing.assert_array_equal(example["label"], HOT[row])
     assert source.labels.shape == (5, 3)
-    halves = [sources.load(name, split, multi_label=setting) for split in ("train", "test")]
+    halves = [catalog.load(name, split, multi_label=setting) for split in ("train", "test")]
     assert sum(map(len, halves)) == 5
     assert source.fingerprint(0, 5) != source.with_classes(
         np.array([1, 0, 2]), NAMES
@@ -72,16 +73,16 @@ def test_labels_in_every_form(images, form):
 def test_never_one_class_of_two_names(images):
     name, _ = table(images, "space")
     with pytest.raises(UserError, match="line 4 has tags '';"):
-        sources.load(name, "all")
+        catalog.load(name, "all")
     with pytest.raises(
         UserError, match=r"a list of labels in 'labels'; set data\.multi_label=auto"
     ):
-        sources.load(table(images, "json")[0], "all")
+        catalog.load(table(images, "json")[0], "all")
 
 
 def test_numbers_and_a_list_of_classes(images):
     write(images / "t.csv", "image,label", "0.png,2;0", "1.png,3.0", "2.png,")
-    source = sources.load(f"folder:{images}/t.csv", "all", multi_label="auto")
+    source = catalog.load(f"folder:{images}/t.csv", "all", multi_label="auto")
     assert source.class_names == ("0", "1", "2", "3")
     found = {source[i]["name"][-5:]: np.flatnonzero(source[i]["label"]) for i in range(3)}
     assert {name: list(x) for name, x in found.items()} == {
@@ -90,14 +91,14 @@ def test_numbers_and_a_list_of_classes(images):
         "2.png": [],
     }
     write(images / "classes.txt", "a", "b", "c", "d", "e")
-    source = sources.load(f"folder:{images}/t.csv", "all", multi_label="auto")
+    source = catalog.load(f"folder:{images}/t.csv", "all", multi_label="auto")
     assert source.class_names == tuple("abcde")
 
 
 def test_a_split_has_the_columns_of_the_training_table(images):
     write(images / "train.csv", "image,b,A", "0.png,1,0", "1.png,0,0")
     write(images / "val.csv", "image,A,b", "2.png,1,0")
-    source = sources.load(f"folder:{images}", "val", multi_label="auto")
+    source = catalog.load(f"folder:{images}", "val", multi_label="auto")
     assert source.class_names == ("b", "A")  # columns stay in their order, as they are spelled
     assert source[0]["label"].tolist() == [False, True]
 
@@ -117,36 +118,36 @@ def test_a_split_has_the_columns_of_the_training_table(images):
 def test_tables_that_cannot_be_meant(images, lines, setting, said):
     write(images / "t.csv", *lines)
     if said is None:
-        assert sources.load(f"folder:{images}/t.csv", "all").class_names == ("x",)
+        assert catalog.load(f"folder:{images}/t.csv", "all").class_names == ("x",)
         return
     with pytest.raises(UserError, match=said):
-        sources.load(f"folder:{images}/t.csv", "all", multi_label=setting)
+        catalog.load(f"folder:{images}/t.csv", "all", multi_label=setting)
 
 
 def test_sources_of_one_label_are_told_apart(images):
     with pytest.raises(
         UserError, match=r"digits has one label, and data.multi_label is 'auto'"
     ):
-        sources.load("digits", "train", multi_label="auto")
+        catalog.load("digits", "train", multi_label="auto")
     (images / "a").mkdir()
     Image.new("L", (2, 2)).save(images / "a" / "0.png")
     with pytest.raises(UserError, match="an image in a class folder has one class"):
-        sources.load(f"folder:{images}", "all", multi_label="auto")
+        catalog.load(f"folder:{images}", "all", multi_label="auto")
 
 
 def test_packed_and_in_batches(images, tmp_path):
     name, setting = table(images, "columns")
     how = Options(shards=2, threads=1)
     prepare(name, tmp_path / "packed", {"all": "all"}, how, None, setting)
-    packed = sources.load(f"records:{tmp_path}/packed", "all", multi_label="auto")
-    source = sources.load(name, "all", multi_label=setting)
+    packed = catalog.load(f"records:{tmp_path}/packed", "all", multi_label="auto")
+    source = catalog.load(name, "all", multi_label=setting)
     assert packed.class_names == NAMES
     for i in range(5):
         np.testing.assert_array_equal(packed[i]["label"], source[i]["label"])
     with pytest.raises(
         UserError, match=r"has several labels, and data\.multi_label is None; set"
     ):
-        sources.load(f"records:{tmp_path}/packed", "all")
+        catalog.load(f"records:{tmp_path}/packed", "all")
     reading = {"transform": parse_transform("resize", (2, 2)), "channels": 1, "threads": 1}
     for each in (source, packed):
         [batch] = pipeline.eval_batches(each, batch_size=8, **reading)
@@ -162,7 +163,7 @@ def test_packed_and_in_batches(images, tmp_path):
 
 def test_labels_follow_the_names_of_classes(images):
     name, setting = table(images, "json")
-    source = sources.load(name, "all", multi_label=setting)
+    source = catalog.load(name, "all", multi_label=setting)
     moved = as_classes(source, ("x", "emu", "cat", "dog"))
     for i in range(5):
         names = [moved.class_names[k] for k in np.flatnonzero(moved[i]["label"])]
@@ -214,21 +215,21 @@ def test_columns_of_lists_and_texts(tmp_path, form):
     data.save_to_disk(str(tmp_path))
     name = f"hf:{tmp_path}" + (",label=labels" if form == "text" else "")
     setting = "space" if form == "text" else "auto"
-    source = sources.load(name, "train", multi_label=setting)
+    source = catalog.load(name, "train", multi_label=setting)
     assert source.class_names == (("0", "1", "2") if form == "numbers" else NAMES)
     np.testing.assert_array_equal(source.labels, HOT)
     for i in range(5):
         np.testing.assert_array_equal(source[i]["label"], HOT[i])
     assert len(source.fingerprint(0, 5)) == 16
-    assert sources.load(f"hf:{tmp_path}", "train").label_key == "label"
+    assert catalog.load(f"hf:{tmp_path}", "train").label_key == "label"
     if form != "text":
         with pytest.raises(UserError, match="a list of labels for each image in its column"):
-            sources.load(f"{name},label=labels", "train")
+            catalog.load(f"{name},label=labels", "train")
     else:
         with pytest.raises(
             UserError, match="has one number for each image in its column 'label'"
         ):
-            sources.load(f"hf:{tmp_path}", "train", multi_label="auto")
+            catalog.load(f"hf:{tmp_path}", "train", multi_label="auto")
 
 
 def test_what_stands_between_labels():

@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import pipeline, preprocess, sources
+from vit_jax.data import pipeline
 from vit_jax.data.pipeline import eval_batches, train_batches
-from vit_jax.data.preprocess import parse_transform
-from vit_jax.errors import UserError
+from vit_jax.data.sources import catalog
+from vit_jax.data.sources.in_memory import ArraySource
+from vit_jax.data.transforms import language
+from vit_jax.data.transforms.language import parse_transform
+from vit_jax.system.errors import UserError
 
 NOISE = "synthetic:20x24x3,classes=10,examples="
 AUGMENT = parse_transform("inception_crop|flip|randaugment(2, 10)", (12, 8))
@@ -20,7 +23,7 @@ RESIZE = parse_transform("resize", (12, 8))
 IDENTITY = parse_transform("", (1, 1))
 
 
-class Numbers(sources.ArraySource):
+class Numbers(ArraySource):
     """Example i is one pixel of value i, so that batches show what they hold."""
 
     def __init__(self, n, classes=10):
@@ -63,7 +66,7 @@ def numbers(batches):
 
 @pytest.fixture(scope="module")
 def noise():
-    return sources.load(NOISE + "37", "train")
+    return catalog.load(NOISE + "37", "train")
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def test_the_draws_of_an_example_are_those_of_its_place():
     def draw(image, rng, target):
         return Image.new("L", (1, 1), int(rng.integers(256)))
 
-    transform = preprocess.Transform("draw", (1, 1), (draw,))
+    transform = language.Transform("draw", (1, 1), (draw,))
     seen = numbers(train(Numbers(5), 2, transform, 1, batch_size=4, seed=7))
     seed = np.random.SeedSequence([7, 3]).generate_state(1)[0]
     expected = []
@@ -222,7 +225,7 @@ def test_a_data_set_smaller_than_a_batch_is_repeated():
 def test_seeds_change_order_and_augmentation(noise):
     one, other = (train(noise, 1, seed=seed)[0] for seed in (0, 1))
     assert (one["label"] != other["label"]).any()
-    single = sources.load(NOISE + "1", "train")
+    single = catalog.load(NOISE + "1", "train")
     one, other = (train(single, 1, seed=seed)[0]["image"] for seed in (0, 1))
     assert (one != other).any()
     assert (one[0] != one[1]).any()  # each time an example comes it is augmented anew
@@ -256,7 +259,7 @@ def test_copies_that_do_not_fit_go_to_the_next_batch():
 
 
 def test_every_copy_is_augmented_anew():
-    single = sources.load(NOISE + "1", "train")
+    single = catalog.load(NOISE + "1", "train")
     (batch,) = train(single, 1, parse_transform("inception_crop", (12, 8)), repeats=4)
     assert len({image.tobytes() for image in batch["image"]}) == 8
 
@@ -324,7 +327,7 @@ def test_an_evaluation_can_be_left_early(noise):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_channels_are_as_asked(channels):
-    (batch,) = train(sources.load("digits", "train"), 1, RESIZE, channels)
+    (batch,) = train(catalog.load("digits", "train"), 1, RESIZE, channels)
     assert batch["image"].shape == (8, 12, 8, channels)
 
 
@@ -342,7 +345,7 @@ def broken_folder(tmp_path, photo):
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("run", [train, evaluate])
 def test_a_truncated_image_is_named(broken_folder, workers, run):
-    source = sources.load(f"folder:{broken_folder}", "all")
+    source = catalog.load(f"folder:{broken_folder}", "all")
     arguments = (source, 9, AUGMENT) if run is train else (source, RESIZE, 3)
     with pytest.raises(UserError) as caught:
         run(*arguments, batch_size=4, workers=workers)
@@ -388,20 +391,22 @@ def test_images_of_many_sizes_and_modes_make_one_batch(tmp_path):
     (tmp_path / "a").mkdir()
     for i, mode in enumerate(["RGB", "L", "1", "P", "CMYK"]):
         Image.new(mode, (5 + i, 9 - i)).save(tmp_path / "a" / f"{i}.tif")
-    source = sources.load(f"folder:{tmp_path}", "all")
+    source = catalog.load(f"folder:{tmp_path}", "all")
     (batch,) = evaluate(source, RESIZE, 3)
     assert batch["mask"].sum() == 5
 
 
 SCRIPT = """
-from vit_jax.data import pipeline, preprocess, sources
+from vit_jax.data import pipeline
+from vit_jax.data.sources import catalog
+from vit_jax.data.transforms import language
 
 if __name__ == "__main__":
     kept = []
     for workers in (0, 1):
         batches = pipeline.train_batches(
-            sources.load("synthetic:64x64x3", "train"), channels=3, batch_size=64, seed=0,
-            transform=preprocess.parse_transform("resize", (64, 64)), workers=workers)
+            catalog.load("synthetic:64x64x3", "train"), channels=3, batch_size=64, seed=0,
+            transform=language.parse_transform("resize", (64, 64)), workers=workers)
         kept += [batches, next(batches), next(batches)]
         if {close}:
             batches.close()
@@ -433,7 +438,9 @@ import multiprocessing
 import re
 import sys
 from pathlib import Path
-from vit_jax.data import pipeline, preprocess, sources
+from vit_jax.data import pipeline
+from vit_jax.data.sources import catalog
+from vit_jax.data.transforms import language
 
 def resident():
     processes = ["self", *(child.pid for child in multiprocessing.active_children())]
@@ -441,8 +448,8 @@ def resident():
     return sum(1024 * int(re.search(r"VmRSS:\\s+(\\d+)", text)[1]) for text in status)
 
 if __name__ == "__main__":
-    source = sources.load("folder:" + sys.argv[1], "all")
-    transform = preprocess.parse_transform("inception_crop|flip", (64, 64))
+    source = catalog.load("folder:" + sys.argv[1], "all")
+    transform = language.parse_transform("inception_crop|flip", (64, 64))
     with pipeline.train_batches(
         source, transform=transform, channels=3, batch_size=50, seed=0, threads=4,
         workers=int(sys.argv[2]),
@@ -487,7 +494,7 @@ def salted_folder(tmp_path, photo):
         photo.rotate(i).save(tmp_path / "a" / f"{i}.png")
     for i, content in enumerate([b"", b"no image", bytes(100), b"\xff\xd8\xff"]):
         (tmp_path / "a" / f"bad{i}.jpg").write_bytes(content)
-    return sources.load(f"folder:{tmp_path}", "all")
+    return catalog.load(f"folder:{tmp_path}", "all")
 
 
 @pytest.mark.parametrize("options", [{"workers": 1}, {"workers": 2}, {"threads": 0}])

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import sources
 from vit_jax.data.decode import decode
 from vit_jax.data.pipeline import train_batches
-from vit_jax.data.preprocess import parse_transform
-from vit_jax.errors import UserError
+from vit_jax.data.sources import catalog
+from vit_jax.data.sources.source import known_labels
+from vit_jax.data.transforms.language import parse_transform
 from vit_jax.prepare import EXAMPLES_A_SHARD, Options, encoded, prepare
+from vit_jax.system.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -34,7 +35,7 @@ def pack(source, output, splits, **options):
 
 def message(path, split="train"):
     with pytest.raises(UserError) as caught:
-        sources.load(f"records:{path}", split)
+        catalog.load(f"records:{path}", split)
     return str(caught.value)
 
 
@@ -68,11 +69,11 @@ def pictures(tmp_path, photo):
 
 @pytest.mark.parametrize("split", ["train", "train[:33%]", "train[-7:]+test", "val"])
 def test_packed_data_are_those_of_the_source(digits, split):
-    packed = sources.load(f"records:{digits}", split)
-    source = sources.load("digits", split)
+    packed = catalog.load(f"records:{digits}", split)
+    source = catalog.load("digits", split)
     same(packed, source)
     np.testing.assert_array_equal(
-        sources.known_labels(packed), [source[i]["label"] for i in range(len(source))]
+        known_labels(packed), [source[i]["label"] for i in range(len(source))]
     )
 
 
@@ -87,13 +88,13 @@ def test_shards_and_labels_lie_beside_a_description(digits):
     assert train["examples"] == 1437
     assert [shard["examples"] for shard in train["shards"].values()] == [359, 359, 359, 360]
     assert info["splits"]["test"]["source"] == "digits"
-    assert sources.split_names(f"records:{digits}") == ("train", "test")
+    assert catalog.split_names(f"records:{digits}") == ("train", "test")
 
 
 def test_files_keep_their_bytes_and_names(pictures, tmp_path):
     packed = pack(f"folder:{pictures}", tmp_path / "packed", {"all": "all"})
-    source = sources.load(f"folder:{pictures}", "all")
-    read = sources.load(f"records:{tmp_path / 'packed'}", "all")
+    source = catalog.load(f"folder:{pictures}", "all")
+    read = catalog.load(f"records:{tmp_path / 'packed'}", "all")
     assert len(packed["all"]["shards"]) == 1
     for i in range(20):
         assert read[i]["image"] == Path(source[i]["image"]).read_bytes()
@@ -113,7 +114,7 @@ def test_anyone_can_read_a_record(digits):
     assert (record.keys(), record["name"]) == ({"image", "label", "name"}, "digits[0]")
     assert record["label"] == np.load(digits / "train-labels.npy")[0]
     pixels = np.asarray(Image.open(io.BytesIO(record["image"])))
-    np.testing.assert_array_equal(pixels, sources.load("digits", "train")[0]["image"])
+    np.testing.assert_array_equal(pixels, catalog.load("digits", "train")[0]["image"])
 
 
 @pytest.mark.parametrize("shards", [1, 3, 20, 50])
@@ -121,7 +122,7 @@ def test_any_number_of_shards_holds_everything(pictures, tmp_path, shards):
     packed = pack(f"folder:{pictures}", tmp_path / "x", {"all": "all"}, shards=shards)
     assert len(packed["all"]["shards"]) == min(shards, 20)
     same(
-        sources.load(f"records:{tmp_path}/x", "all"), sources.load(f"folder:{pictures}", "all")
+        catalog.load(f"records:{tmp_path}/x", "all"), catalog.load(f"folder:{pictures}", "all")
     )
 
 
@@ -138,7 +139,7 @@ def test_larger_images_can_be_made_smaller(photo, tmp_path):
         (tmp_path / "in" / "a").mkdir(parents=True, exist_ok=True)
         image.save(tmp_path / "in" / "a" / f"{name}.png")
     pack(f"folder:{tmp_path}/in", tmp_path / "out", {"all": "all"}, resize_shorter=30)
-    source = sources.load(f"records:{tmp_path}/out", "all")
+    source = catalog.load(f"records:{tmp_path}/out", "all")
     images = {source[i]["name"].split("/")[-1]: source[i]["image"] for i in range(3)}
     opened = {name: Image.open(io.BytesIO(image)) for name, image in images.items()}
     assert opened["large.png)"].size == (45, 30)  # of 120 x 80
@@ -165,7 +166,7 @@ def test_a_packed_set_trains_as_its_source_does(digits):
     def batches(name, workers):
         options = {"channels": 1, "batch_size": 32, "seed": 1, "workers": workers}
         transform = parse_transform("shift(1)|resize", (8, 8))
-        with train_batches(sources.load(name, "train"), transform=transform, **options) as it:
+        with train_batches(catalog.load(name, "train"), transform=transform, **options) as it:
             return [next(it) for _ in range(3)]
 
     expected = batches("digits", 0)
@@ -176,21 +177,21 @@ def test_a_packed_set_trains_as_its_source_does(digits):
 
 
 def test_packed_sources_can_be_pickled(digits):
-    source = sources.load(f"records:{digits}", "train[5:]")
+    source = catalog.load(f"records:{digits}", "train[5:]")
     again = pickle.loads(pickle.dumps(source))
     assert again[-1] == source[len(source) - 1]
     with pytest.raises(IndexError):
-        sources.load(f"records:{digits}", "train")[1437]
+        catalog.load(f"records:{digits}", "train")[1437]
 
 
 # --- what cannot be packed or read --------------------------------------------------------
 
 
 def test_splits_of_different_classes_are_refused(tmp_path):
-    opened = {"one": sources.load("digits", "train"), "two": sources.load("synthetic", "train")}
+    opened = {"one": catalog.load("digits", "train"), "two": catalog.load("synthetic", "train")}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "vit_jax.prepare.sources.load", lambda name, split, data_dir: opened[split]
+            "vit_jax.prepare.catalog.load", lambda name, split, data_dir: opened[split]
         )
         with pytest.raises(UserError, match="splits one, two of any have different classes"):
             pack("any", tmp_path / "x", {"one": "one", "two": "two"})
@@ -198,7 +199,7 @@ def test_splits_of_different_classes_are_refused(tmp_path):
 
 
 def test_a_file_that_vanishes_stops_it(pictures, tmp_path):
-    source = sources.load(f"folder:{pictures}", "all")
+    source = catalog.load(f"folder:{pictures}", "all")
     os.unlink(source[3]["image"])
     with pytest.raises(UserError, match=r"\.jpg cannot be read \(No such file or directory\)"):
         encoded(source[3], None)
@@ -221,7 +222,7 @@ def test_a_set_that_is_not_whole_is_not_read(digits, tmp_path):
     (copy("a") / "train-00001-of-00004.array_record").unlink()
     assert "has no whole split 'train' (" in message(tmp_path / "a")
     assert "pack it again" in message(tmp_path / "a")
-    assert len(sources.load(f"records:{tmp_path / 'a'}", "test")) == 360
+    assert len(catalog.load(f"records:{tmp_path / 'a'}", "test")) == 360
     (copy("b") / "train-labels.npy").unlink()
     assert "has no whole split 'train' (" in message(tmp_path / "b")
     shard = copy("c") / "train-00003-of-00004.array_record"
@@ -229,7 +230,7 @@ def test_a_set_that_is_not_whole_is_not_read(digits, tmp_path):
     shard.write_bytes(whole[:1000])
     assert f"{shard}' has 1,000 bytes and should have " in message(tmp_path / "c")
     shard.write_bytes(whole[:50_000] + bytes(20_000) + whole[70_000:])
-    source = sources.load(f"records:{tmp_path / 'c'}", "train")
+    source = catalog.load(f"records:{tmp_path / 'c'}", "train")
     with pytest.raises(UserError, match=r"c train\[\d+\] cannot be read .*; copy or pack"):
         [source[i] for i in range(1077, 1437)]
     np.save(copy("d") / "train-labels.npy", np.zeros(1436, np.int32))
@@ -253,7 +254,7 @@ def test_the_door_packs_all_splits_and_says_so(pictures, tmp_path):
     result = run(f"folder:{pictures}", output, "--max_bad=1", "--shards=2")
     assert result.returncode == 0, result.stderr
     assert f"image {pictures}/a/bad.jpg is empty" in result.stderr
-    counts = [len(sources.load(f"records:{output}", split)) for split in ("train", "test")]
+    counts = [len(catalog.load(f"records:{output}", split)) for split in ("train", "test")]
     assert sum(counts) == 20
     for split, count in zip(("train", "test"), counts, strict=True):
         assert f"{split}: {count} examples in 2 files" in result.stdout
@@ -272,7 +273,7 @@ def test_the_door_packs_all_splits_and_says_so(pictures, tmp_path):
         "--max_bad=1",
     )
     assert result.returncode == 0, result.stderr
-    assert sources.split_names(f"records:{output}") == ("one", "two")
+    assert catalog.split_names(f"records:{output}") == ("one", "two")
     assert sorted(os.listdir(tmp_path)) == ["packed", "pictures"]
 
 
@@ -324,7 +325,7 @@ def test_an_interrupted_run_leaves_nothing_that_looks_whole(tmp_path):
         [*command, str(output), "--split=train"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert len(sources.load(f"records:{output}", "train")) == 10
+    assert len(catalog.load(f"records:{output}", "train")) == 10
 
 
 def test_help_names_every_flag():

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vit_jax.data import augment, crops, preprocess
-from vit_jax.data.preprocess import normalize, parse_transform
-from vit_jax.data.resize import resize
-from vit_jax.errors import UserError
+from vit_jax.data.transforms import augment, crops, language
+from vit_jax.data.transforms.language import normalize, parse_transform
+from vit_jax.data.transforms.resize import resize
+from vit_jax.system.errors import UserError
 
 
 def array(image):
@@ -41,7 +41,7 @@ def test_resize_and_crop_of_the_few_shot_evaluation(photo):
 )
 def test_resize_shorter_keeps_the_aspect(size, shorter, expected):
     image = Image.new("RGB", size[::-1])
-    out = preprocess.OPS["resize_shorter"].function(image, None, (1, 1), shorter)
+    out = language.OPS["resize_shorter"].function(image, None, (1, 1), shorter)
     assert (out.height, out.width) == expected
 
 
@@ -146,9 +146,9 @@ def test_distortions_are_those_of_augment(photo, spec, function, arguments, mode
         np.testing.assert_array_equal(array(out), array(expected))
 
 
-@pytest.mark.parametrize("name", [name for name, op in preprocess.OPS.items() if op.random])
+@pytest.mark.parametrize("name", [name for name, op in language.OPS.items() if op.random])
 def test_the_reference_lists_every_operation_with_its_defaults(name):
-    parameters = preprocess.OPS[name].parameters
+    parameters = language.OPS[name].parameters
     usage = ", ".join(
         p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in parameters
     )
@@ -270,7 +270,7 @@ def test_ranges_that_do_not_fit_are_explained():
     ],
 )  # fmt: skip
 def test_a_transform_for_another_size_keeps_the_share_of_its_crop(spec, expected):
-    assert preprocess.rescale(spec, (224, 224), (384, 384)) == expected
+    assert language.rescale(spec, (224, 224), (384, 384)) == expected
 
 
 # ---- sizes that need not be square, and crops of smaller images --------------------------
@@ -343,9 +343,9 @@ def test_mistakes_in_the_new_arguments_are_explained(spec, message):
 
 def test_rescaling_of_rectangles_and_fits():
     old, new = (224, 224), (112, 112)
-    assert preprocess.rescale("resize('bicubic', size=(256, 240))|center_crop", old, new) == (
+    assert language.rescale("resize('bicubic', size=(256, 240))|center_crop", old, new) == (
         "resize('bicubic', size=(128, 120))|center_crop"
     )
-    assert preprocess.rescale("resize_fit((256, 240))|center_crop(fill=8)", old, new) == (
+    assert language.rescale("resize_fit((256, 240))|center_crop(fill=8)", old, new) == (
         "resize_fit((128, 120))|center_crop(fill=8)"
     )

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.data import augment, presets
+from vit_jax.data import recipes
 from vit_jax.data.mixing import Mixing, mix
-from vit_jax.data.preprocess import parse_transform
-from vit_jax.errors import UserError
+from vit_jax.data.transforms import augment
+from vit_jax.data.transforms.language import parse_transform
+from vit_jax.system.errors import UserError
 
 # Layers, magnitude, alpha: appendix of arXiv 2106.10270.
 PAPER = {
@@ -26,23 +27,23 @@ PAPER = {
 
 
 def test_there_are_the_seven_of_augreg():
-    assert {name: tuple(level) for name, level in presets.AUGREG.items()} == PAPER
+    assert {name: tuple(level) for name, level in recipes.AUGREG.items()} == PAPER
 
 
 def test_a_preset_is_a_transform_and_an_alpha():
-    assert presets.augreg("medium1") == (
+    assert recipes.augreg("medium1") == (
         "inception_crop(0.05, 1.0)|flip|randaugment(2, 15)",
         0.2,
     )
-    assert presets.augreg("none") == ("inception_crop(0.05, 1.0)|flip", 0.0)
-    assert presets.augreg("light1") == ("inception_crop(0.05, 1.0)|flip|randaugment(2, 0)", 0.0)
+    assert recipes.augreg("none") == ("inception_crop(0.05, 1.0)|flip", 0.0)
+    assert recipes.augreg("light1") == ("inception_crop(0.05, 1.0)|flip|randaugment(2, 0)", 0.0)
 
 
 def test_quirks_are_passed_on(photo):
-    transform, alpha = presets.augreg("strong2", quirks=True)
+    transform, alpha = recipes.augreg("strong2", quirks=True)
     assert transform.endswith("|randaugment(2, 20, quirks=True)")
     assert alpha == 0.8
-    assert "randaugment" not in presets.augreg("none", quirks=True)[0]
+    assert "randaugment" not in recipes.augreg("none", quirks=True)[0]
     parse_transform(transform, (16, 16))(photo, np.random.default_rng(0))
 
 
@@ -63,7 +64,7 @@ def test_operations_are_drawn_as_defined(photo, monkeypatch, name):
     """Two each, uniformly among 16, at the preset's strength; of `none` nothing."""
     layers, magnitude, _ = PAPER[name]
     drawn = record(monkeypatch, "OPS")
-    transform = parse_transform(presets.augreg(name)[0], (8, 8))
+    transform = parse_transform(recipes.augreg(name)[0], (8, 8))
     small, rng = photo.resize((20, 16)), np.random.default_rng(0)
     for i in range(800):
         transform(small, rng)
@@ -79,7 +80,7 @@ def test_operations_are_drawn_as_defined(photo, monkeypatch, name):
 @pytest.mark.parametrize("name", PAPER)
 def test_batches_are_mixed_as_defined(name):
     """Weights have the distribution of max(w, 1 - w), w from Beta(alpha, alpha)."""
-    alpha = presets.augreg(name)[1]
+    alpha = recipes.augreg(name)[1]
     keys = jax.random.split(jax.random.key(0), 3000)
     draw = lambda key: mix(key, jnp.zeros((2, 1, 1, 1)), jnp.eye(2), Mixing(alpha))[1][0, 0]
     weights = np.sort(np.asarray(jax.vmap(draw)(keys), np.float64))
@@ -93,7 +94,7 @@ def test_batches_are_mixed_as_defined(name):
 
 def test_light1_is_not_free_of_effect(photo):
     with_it, without = (
-        parse_transform(presets.augreg(name)[0], (32, 32)) for name in ("light1", "none")
+        parse_transform(recipes.augreg(name)[0], (32, 32)) for name in ("light1", "none")
     )
     changed = 0
     for seed in range(30):
@@ -106,7 +107,7 @@ def test_deits_operations_are_drawn_as_defined(photo, monkeypatch):
     """Of two draws half apply, uniformly among 15, at about magnitude 9."""
     drawn = record(monkeypatch, "TIMM_OPS")
     monkeypatch.setattr(augment, "INCREASING_OPS", {})
-    recipe = presets.RECIPES["deit"]
+    recipe = recipes.RECIPES["deit"]
     transform, rng = parse_transform(recipe.transform, (8, 8)), np.random.default_rng(0)
     small = photo.resize((20, 16))
     for _ in range(1000):
@@ -118,7 +119,7 @@ def test_deits_operations_are_drawn_as_defined(photo, monkeypatch):
 
 
 def test_deit3_mixes_like_deit_with_binary_targets():
-    assert presets.RECIPES["deit3"].mixing == Mixing(0.8, 1.0, 1.0, 0.5, "timm", True)
+    assert recipes.RECIPES["deit3"].mixing == Mixing(0.8, 1.0, 1.0, 0.5, "timm", True)
 
 
 def arguments(transform):
@@ -134,7 +135,7 @@ def arguments(transform):
 
 def test_dinos_views_differ_in_blur_and_solarization():
     views = {
-        name: arguments(presets.RECIPES[f"dino_{name}"].transform)
+        name: arguments(recipes.RECIPES[f"dino_{name}"].transform)
         for name in ("global_1", "global_2", "local")
     }
     for name, scale, blur in [
@@ -152,10 +153,10 @@ def test_dinos_views_differ_in_blur_and_solarization():
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-@pytest.mark.parametrize("name", presets.RECIPES)
+@pytest.mark.parametrize("name", recipes.RECIPES)
 def test_recipes_run_and_the_generator_decides(photo, name, mode):
     image = photo.convert(mode)
-    transform = parse_transform(presets.RECIPES[name].transform, (24, 32))
+    transform = parse_transform(recipes.RECIPES[name].transform, (24, 32))
     outs = [transform(image, np.random.default_rng(seed)) for seed in (0, 1, 0)]
     assert {(out.size, out.mode) for out in outs} == {((32, 24), mode)}
     assert outs[0].tobytes() == outs[2].tobytes() != outs[1].tobytes()
@@ -163,6 +164,6 @@ def test_recipes_run_and_the_generator_decides(photo, name, mode):
 
 def test_an_unknown_name_is_explained():
     with pytest.raises(UserError, match=r"no augmentation 'medium' \(did you mean 'medium"):
-        presets.augreg("medium")
+        recipes.augreg("medium")
     with pytest.raises(UserError, match="use one of none, light1, light2, medium1, medium2"):
-        presets.augreg("x")
+        recipes.augreg("x")

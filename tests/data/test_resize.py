@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import resize as module
-from vit_jax.data.resize import METHODS, resize
+from vit_jax.data.transforms import resize as module
+from vit_jax.data.transforms.resize import METHODS, resize
 
 PIL_FILTERS = {"bilinear_antialias": 2, "bicubic": 3, "lanczos": 1}
 

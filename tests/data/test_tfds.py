@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_jax.data import decode, sources
-from vit_jax.errors import UserError
+from vit_jax.data import decode
+from vit_jax.data.sources import catalog
+from vit_jax.system.errors import UserError
 
 BUILDER = """
 import io
@@ -71,21 +72,21 @@ def greys(source):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny/fine", "tiny:1.0.0", "tiny/fine:1.0.0"])
 def test_a_prepared_set_is_read_by_name(prepared, name):
-    source = sources.load(f"tfds:{name}", "train", str(prepared))
+    source = catalog.load(f"tfds:{name}", "train", str(prepared))
     assert len(source) == 37
     assert sorted(greys(source)) == list(range(37))
     assert source.class_names == ("ant", "bee", "cat")
 
 
 def test_images_stay_encoded_and_belong_to_their_labels(prepared):
-    source = sources.load("tfds:tiny", "test", str(prepared))
+    source = catalog.load("tfds:tiny", "test", str(prepared))
     assert source[0]["image"].startswith(b"\x89PNG")
     assert source[2]["name"] == "tfds:tiny test[2]"
     assert [source[i]["label"] for i in range(5)] == [g % 3 for g in greys(source)]
 
 
 def test_neither_tensorflow_nor_the_builder_is_needed(prepared):
-    source = sources.load("tfds:tiny", "train", str(prepared))
+    source = catalog.load("tfds:tiny", "train", str(prepared))
     assert source[0]["label"] in range(3)
     assert "tensorflow" not in sys.modules
     assert "tiny" not in sys.modules
@@ -93,12 +94,12 @@ def test_neither_tensorflow_nor_the_builder_is_needed(prepared):
 
 @pytest.mark.parametrize("path", ["tiny", "tiny/fine", "tiny/fine/1.0.0"])
 def test_a_prepared_set_is_read_by_path(prepared, path):
-    assert len(sources.load(f"tfds:{prepared}/{path}", "test")) == 5
+    assert len(catalog.load(f"tfds:{prepared}/{path}", "test")) == 5
 
 
 def test_the_environment_may_say_where_sets_lie(prepared, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))
-    assert len(sources.load("tfds:tiny", "test")) == 5
+    assert len(catalog.load("tfds:tiny", "test")) == 5
 
 
 @pytest.mark.parametrize(
@@ -119,15 +120,15 @@ def test_parts_are_those_tensorflow_datasets_would_take(prepared, split):
     builder = tfds.builder_from_directory(str(prepared / "tiny/fine/1.0.0"))
     if split == "train[:1%]":  # 0.37 of an example: theirs is empty, ours an error
         with pytest.raises(UserError, match="holds no examples"):
-            sources.load("tfds:tiny", split, str(prepared))
+            catalog.load("tfds:tiny", split, str(prepared))
         return
     theirs = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-    ours = sources.load("tfds:tiny", split, str(prepared))
+    ours = catalog.load("tfds:tiny", split, str(prepared))
     assert [e["image"] for e in theirs] == [ours[i]["image"] for i in range(len(ours))]
 
 
 def test_sources_can_be_pickled(prepared):
-    source = sources.load("tfds:tiny", "train[5:]", str(prepared))
+    source = catalog.load("tfds:tiny", "train[5:]", str(prepared))
     assert pickle.loads(pickle.dumps(source))[3] == source[3]
 
 
@@ -136,20 +137,20 @@ def test_the_newest_version_is_taken(editable):
     info = json.loads((newer / "dataset_info.json").read_text()) | {"version": "10.0.0"}
     (newer / "dataset_info.json").write_text(json.dumps(info))
     shutil.copytree(editable / "tiny/fine/1.0.0", editable / "tiny/fine/9.0.0")
-    source = sources.load("tfds:tiny", "test", str(editable))
+    source = catalog.load("tfds:tiny", "test", str(editable))
     assert "10.0.0" in str(source.records.dataset_info.data_dir)
 
 
 def test_several_configs_must_be_told_apart(editable):
     shutil.copytree(editable / "tiny/fine", editable / "tiny/other")
     with pytest.raises(UserError, match=r"several configs .*: fine, other"):
-        sources.load("tfds:tiny", "test", str(editable))
+        catalog.load("tfds:tiny", "test", str(editable))
 
 
 def test_an_unprepared_set_gets_the_command_at_once(tmp_path):
     start = time.monotonic()
     with pytest.raises(UserError) as caught:
-        sources.load("tfds:cifar10", "train", str(tmp_path))
+        catalog.load("tfds:cifar10", "train", str(tmp_path))
     assert time.monotonic() - start < 5  # no download was tried
     assert f"tfds:cifar10 is not prepared under '{tmp_path}'" in str(caught.value)
     assert (
@@ -160,7 +161,7 @@ def test_an_unprepared_set_gets_the_command_at_once(tmp_path):
 
 def test_a_set_that_is_downloaded_by_hand_says_which_files(tmp_path):
     with pytest.raises(UserError) as caught:
-        sources.load("tfds:imagenet2012", "train", str(tmp_path))
+        catalog.load("tfds:imagenet2012", "train", str(tmp_path))
     assert "--file_format=array_record --manual_dir=FOLDER`, where FOLDER" in str(caught.value)
     assert "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar" in str(caught.value)
 
@@ -174,27 +175,27 @@ def test_tfrecord_has_an_error_of_its_own(editable):
     with pytest.raises(
         UserError, match=r"as tfrecord, which needs TensorFlow to read; prepare it"
     ):
-        sources.load("tfds:tiny", "train", str(editable))
+        catalog.load("tfds:tiny", "train", str(editable))
 
 
 def test_an_unknown_split_lists_those_that_exist(prepared):
     with pytest.raises(UserError, match="tfds:tiny has no split 'dev'; it has train, test"):
-        sources.load("tfds:tiny", "dev", str(prepared))
+        catalog.load("tfds:tiny", "dev", str(prepared))
 
 
 def test_the_splits_of_a_prepared_set_are_known(prepared):
-    assert sources.split_names("tfds:tiny", str(prepared)) == ("train", "test")
+    assert catalog.split_names("tfds:tiny", str(prepared)) == ("train", "test")
 
 
 def test_a_path_without_a_prepared_set_is_explained(tmp_path):
     with pytest.raises(UserError, match=r"nowhere' holds no prepared data set; give one with"):
-        sources.load(f"tfds:{tmp_path}/nowhere", "train")
+        catalog.load(f"tfds:{tmp_path}/nowhere", "train")
 
 
 @pytest.mark.parametrize("name", ["", "cifar 10", "a/b/c", "mnist:3"])
 def test_a_name_that_is_none_is_explained(tmp_path, name):
     with pytest.raises(UserError, match="is not a data set name"):
-        sources.load(f"tfds:{name}", "train", str(tmp_path))
+        catalog.load(f"tfds:{name}", "train", str(tmp_path))
 
 
 def test_a_set_without_labels_lists_its_features(editable):
@@ -206,10 +207,10 @@ def test_a_set_without_labels_lists_its_features(editable):
     with pytest.raises(
         UserError, match="has features image and needs an Image and a ClassLabel"
     ):
-        sources.load("tfds:tiny", "train", str(editable))
+        catalog.load("tfds:tiny", "train", str(editable))
 
 
 def test_decoded_images_have_the_stored_size(prepared):
-    image = decode.decode(sources.load("tfds:tiny", "test", str(prepared))[0], 1)
+    image = decode.decode(catalog.load("tfds:tiny", "test", str(prepared))[0], 1)
     assert (image.size, image.mode) == ((5, 4), "L")
     assert isinstance(image, Image.Image)

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from tests.tiny_config import tiny
-from vit_jax import experiment
 from vit_jax.data import value_ranges
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 
 def test_any_mean_and_deviation():

@@ -11,10 +11,12 @@ import pytest
 
 CODE = """
 import multiprocessing, sys, time
-from vit_jax.data import pipeline, preprocess, sources
+from vit_jax.data import pipeline
+from vit_jax.data.sources import catalog
+from vit_jax.data.transforms import language
 if __name__ == "__main__":
-    source = sources.load("synthetic:32x32x3,classes=10,examples=64", "train")
-    reading = dict(transform=preprocess.parse_transform("", (32, 32)), channels=3, batch_size=8)
+    source = catalog.load("synthetic:32x32x3,classes=10,examples=64", "train")
+    reading = dict(transform=language.parse_transform("", (32, 32)), channels=3, batch_size=8)
     batches = pipeline.train_batches(source, seed=0, workers=2, **reading)
     next(batches)
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)

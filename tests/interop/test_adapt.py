@@ -7,11 +7,11 @@ import pytest
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
 from vit_jax import train as trainer
-from vit_jax import trained
-from vit_jax.errors import UserError
-from vit_jax.interop.adapt import adapt
-from vit_jax.interop.positions import resize_embedding
+from vit_jax.checkpoints import trained
+from vit_jax.interop.resize_positions import resize_embedding
+from vit_jax.interop.transfer import adapt
 from vit_jax.models import vit
+from vit_jax.system.errors import UserError
 from vit_jax.training.logging import read_metrics
 
 OLD = vit.ViTConfig(

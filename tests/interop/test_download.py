@@ -17,11 +17,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from vit_jax import lock
-from vit_jax.cache import folder as cache_folder
-from vit_jax.errors import UserError
 from vit_jax.interop import download
 from vit_jax.interop.download import resolve
+from vit_jax.system import lock
+from vit_jax.system.cache import folder as cache_folder
+from vit_jax.system.errors import UserError
 
 BYTES = bytes(range(256)) * 2000  # 512 kB: several reads, and no two windows alike in phase
 B16 = "/vit_models/imagenet21k/ViT-B_16.npz"

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from tests.interop.tiny_models import model, same
-from vit_jax.errors import UserError
-from vit_jax.interop import files, google
+from vit_jax.interop import google, weight_files
 from vit_jax.interop.families import flatten, nest
 from vit_jax.interop.load import load_weights
 from vit_jax.models import vit
 from vit_jax.models.registry import variant_name
+from vit_jax.system.errors import UserError
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 
@@ -59,7 +59,7 @@ def test_every_prefix_and_linen_numbering(tmp_path, prefix):
     arrays = {prefix + name: value for name, value in flatten(params).items()}
     if prefix:
         arrays["opt/state/step"] = np.int32(3)
-    files.write_npz(tmp_path / "w.npz", arrays)
+    weight_files.write_npz(tmp_path / "w.npz", arrays)
     found = load_weights(tmp_path / "w.npz")
     assert found.cfg == cfg
     same(found.params, params)
@@ -75,7 +75,7 @@ def test_big_visions_layers_stacked_in_bfloat16_without_a_class_position(tmp_pat
         f"params/{name}": np.asarray(value, ml_dtypes.bfloat16)
         for name, value in arrays.items()
     }
-    files.write_npz(tmp_path / "w.npz", arrays)
+    weight_files.write_npz(tmp_path / "w.npz", arrays)
     found = load_weights(tmp_path / "w.npz")
     assert (found.family, found.cfg) == ("big_vision", cfg)
     rounded = {k: v.astype(ml_dtypes.bfloat16) for k, v in flatten(params).items()}
@@ -91,7 +91,7 @@ def test_big_visions_layers_stacked_in_bfloat16_without_a_class_position(tmp_pat
 def test_sine_cosine_positions_have_no_array(tmp_path):
     cfg, params = model(pool="gap", posemb="sincos2d", representation_size=24)
     arrays = {f"params/{name}": value for name, value in flatten(params).items()}
-    files.write_npz(tmp_path / "w.npz", arrays)
+    weight_files.write_npz(tmp_path / "w.npz", arrays)
     found = load_weights(tmp_path / "w.npz", image_size=(32, 32))
     assert found.cfg == cfg
     same(found.params, params)
@@ -130,7 +130,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
     arrays["extra"] = arrays.pop("cls")[0, 0]
     del arrays["head/bias"]
     arrays[POSITIONS] = arrays[POSITIONS][:, 1:]
-    files.write_npz(tmp_path / "w.npz", arrays)
+    weight_files.write_npz(tmp_path / "w.npz", arrays)
     with pytest.raises(UserError) as error:
         load_weights(tmp_path / "w.npz")
     message = str(error.value)
@@ -142,9 +142,9 @@ def test_everything_wrong_is_listed_at_once(tmp_path):
 def test_two_numberings_at_once_do_not_overwrite_each_other(tmp_path):
     cfg, params = model()
     google.write(tmp_path / "w.npz", cfg, params)
-    arrays, _ = files.read(tmp_path / "w.npz")
+    arrays, _ = weight_files.read(tmp_path / "w.npz")
     arrays["Transformer/encoderblock_0/LayerNorm_1/scale"] = np.zeros(24, np.float32)
-    files.write_npz(tmp_path / "w.npz", arrays)
+    weight_files.write_npz(tmp_path / "w.npz", arrays)
     with pytest.raises(UserError, match="twice, under two names"):
         load_weights(tmp_path / "w.npz")
 

@@ -7,14 +7,14 @@ import pytest
 
 from tests.interop.test_hostile import attempt, shuffled
 from tests.interop.tiny_models import model, same
-from vit_jax.errors import UserError
-from vit_jax.interop import files, google
+from vit_jax.interop import google, weight_files
 from vit_jax.interop.families import expected_shapes, flatten, nest
 from vit_jax.interop.load import load_weights
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.model import count_parameters
 from vit_jax.models.registry import variant_name
 from vit_jax.models.resnet import ResNetConfig
+from vit_jax.system.errors import UserError
 
 TINY_MIXER = {
     "image_size": (32, 32),
@@ -105,7 +105,7 @@ def test_every_prefix_with_linens_names(tmp_path, build, prefix):
     arrays = {prefix + name: value for name, value in flatten(params).items()}
     if prefix:
         arrays["opt/state/step"] = np.int32(3)
-    files.write_npz(tmp_path / "w.npz", arrays)
+    weight_files.write_npz(tmp_path / "w.npz", arrays)
     found = load_weights(tmp_path / "w.npz")
     assert found.cfg == cfg
     assert found.family == ("big_vision" if prefix == "params/" else "google")
@@ -122,7 +122,7 @@ def test_everything_wrong_is_listed_at_once(tmp_path, build):
     del arrays[missing]
     arrays[misshapen] = np.zeros((3, 3), np.float32)
     arrays["extra"] = np.zeros(3, np.float32)
-    files.write_npz(tmp_path / "w.npz", arrays)
+    weight_files.write_npz(tmp_path / "w.npz", arrays)
     with pytest.raises(UserError) as error:
         load_weights(tmp_path / "w.npz")
     message = str(error.value)
@@ -141,7 +141,7 @@ def test_any_wrong_array_is_a_sentence(tmp_path, kind):
         arrays = older(arrays)
     rng = np.random.default_rng(0)
     for _ in range(100):
-        files.write_npz(tmp_path / "w", shuffled(arrays, rng))
+        weight_files.write_npz(tmp_path / "w", shuffled(arrays, rng))
         attempt(load_weights, tmp_path / "w")
 
 
@@ -206,7 +206,7 @@ def test_hybrids_in_the_old_numbering(tmp_path, squeezed, prefix, representation
     arrays = written(tmp_path / "w.npz", cfg, params)
     if squeezed:
         arrays = {k: v.reshape(-1) if "/gn" in f"/{k}" else v for k, v in arrays.items()}
-    files.write_npz(tmp_path / "w.npz", {prefix + k: v for k, v in arrays.items()})
+    weight_files.write_npz(tmp_path / "w.npz", {prefix + k: v for k, v in arrays.items()})
     found = load_weights(tmp_path / "w.npz")
     assert (found.cfg, found.notes) == (cfg, ())
     same(found.params, params)
@@ -245,7 +245,7 @@ def test_the_tiny_hybrid_of_the_release(tmp_path):
         "head/bias": (1000,),
     }
     arrays = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
-    files.write_npz(tmp_path / "w.npz", arrays)
+    weight_files.write_npz(tmp_path / "w.npz", arrays)
     found = load_weights(tmp_path / "w.npz")
     assert variant_name(found.cfg) == "R+Ti/16"
     assert (found.cfg.image_size, found.cfg.patch_size, found.cfg.resnet) == (
@@ -271,7 +271,7 @@ def test_a_wide_resnet_in_front_is_refused_with_its_reason(tmp_path):
     _, params = hybrid(resnet=(1,))
     _, wide = resnet(resnet=(1,), resnet_width=2, num_classes=0)
     params["embedding"]["kernel"] = np.zeros((2, 2, 512, 24), np.float32)
-    files.write_npz(tmp_path / "w.npz", flatten(params | wide))
+    weight_files.write_npz(tmp_path / "w.npz", flatten(params | wide))
     with pytest.raises(UserError, match="2 times as wide as a ResNet-50"):
         load_weights(tmp_path / "w.npz")
 
@@ -288,7 +288,9 @@ def test_a_wide_resnet_in_front_is_refused_with_its_reason(tmp_path):
 )
 def test_widths_that_no_resnet_has(tmp_path, build, name, shape):
     _, params = build()
-    files.write_npz(tmp_path / "w.npz", flatten(params) | {name: np.zeros(shape, np.float32)})
+    weight_files.write_npz(
+        tmp_path / "w.npz", flatten(params) | {name: np.zeros(shape, np.float32)}
+    )
     with pytest.raises(UserError, match=r"multiple of 64 after its root|no array 'block3"):
         load_weights(tmp_path / "w.npz")
 
@@ -297,7 +299,7 @@ def test_widths_that_no_resnet_has(tmp_path, build, name, shape):
 def test_ten_thousand_stages_are_not_built(tmp_path, build):
     _, params = build(resnet=())
     claimed = {f"block{i}/unit1/gn1/bias": np.zeros(1, np.float32) for i in range(1, 9_999)}
-    files.write_npz(tmp_path / "w.npz", flatten(params) | claimed)
+    weight_files.write_npz(tmp_path / "w.npz", flatten(params) | claimed)
     with pytest.raises(UserError, match="no array 'block9998/unit1/conv3/kernel'"):
         load_weights(tmp_path / "w.npz")
 
@@ -334,7 +336,7 @@ def test_mixers_in_the_older_form(tmp_path, prefix):
         "Mixer/encoder_norm/bias": (24,),
     }.items():
         assert arrays[prefix + name].shape[: len(shape)] == shape
-    files.write_npz(tmp_path / "w.npz", arrays)
+    weight_files.write_npz(tmp_path / "w.npz", arrays)
     found = load_weights(tmp_path / "w.npz")
     assert found.cfg == cfg
     same(found.params, params)
@@ -387,7 +389,7 @@ def test_numerics_that_the_layout_cannot_say_of_a_mixer_are_reported(tmp_path):
 def test_two_forms_at_once_do_not_overwrite_each_other(tmp_path):
     _, params = mixer()
     both = flatten(params) | older(flatten(params))
-    files.write_npz(tmp_path / "w.npz", both)
+    weight_files.write_npz(tmp_path / "w.npz", both)
     with pytest.raises(UserError, match="twice, under two names"):
         load_weights(tmp_path / "w.npz")
 

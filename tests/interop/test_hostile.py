@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from tests.interop.tiny_models import model
-from vit_jax.errors import UserError
-from vit_jax.interop import files, google, huggingface, timm
+from vit_jax.interop import google, huggingface, timm, weight_files
 from vit_jax.interop.load import load_weights
+from vit_jax.system.errors import UserError
 
 
-def refused(path, match, load=files.read):
+def refused(path, match, load=weight_files.read):
     """Asserts one sentence that names the file, and that hardly any memory was taken."""
     tracemalloc.start()
     with pytest.raises(UserError, match=match) as error:
@@ -86,7 +86,7 @@ def test_nothing_there_and_a_folder(tmp_path):
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 @pytest.mark.parametrize("keep", [0.02, 0.3, 0.5, 0.9, 0.999])
 def test_truncated(tmp_path, kind, keep):
-    write = files.write_npz if kind == "npz" else files.write_safetensors
+    write = weight_files.write_npz if kind == "npz" else weight_files.write_safetensors
     write(tmp_path / "w", {"a": np.ones((10, 10)), "b": np.ones(5)})
     data = (tmp_path / "w").read_bytes()
     (tmp_path / "w").write_bytes(data[: int(len(data) * keep)])
@@ -96,7 +96,7 @@ def test_truncated(tmp_path, kind, keep):
 @pytest.mark.parametrize("kind", ["npz", "safetensors"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_numbers_that_are_not_finite(tmp_path, kind, value):
-    write = files.write_npz if kind == "npz" else files.write_safetensors
+    write = weight_files.write_npz if kind == "npz" else weight_files.write_safetensors
     write(tmp_path / "w", {"fine": np.ones(3), "spoilt": np.array([1, value], np.float32)})
     refused(tmp_path / "w", r"NaN or infinite numbers \(in float32\) in array 'spoilt'")
 
@@ -105,7 +105,7 @@ def test_numbers_that_float32_cannot_hold(tmp_path):
     cfg, params = model()
     arrays = {"head/bias": np.full(5, 1e300)}
     google.write(tmp_path / "w", cfg, params)
-    files.write_npz(tmp_path / "w", files.read(tmp_path / "w")[0] | arrays)
+    weight_files.write_npz(tmp_path / "w", weight_files.read(tmp_path / "w")[0] | arrays)
     refused(tmp_path / "w", "float32.*head/bias", load_weights)
 
 
@@ -222,9 +222,11 @@ def test_an_array_ten_times_too_large(tmp_path, axis):
     """Every array in turn: never an error of another kind, always its name."""
     cfg, params = model(depth=1)
     google.write(tmp_path / "w", cfg, params)
-    arrays, _ = files.read(tmp_path / "w")
+    arrays, _ = weight_files.read(tmp_path / "w")
     for name, value in arrays.items():
-        files.write_npz(tmp_path / "x", arrays | {name: np.concatenate([value] * 10, axis)})
+        weight_files.write_npz(
+            tmp_path / "x", arrays | {name: np.concatenate([value] * 10, axis)}
+        )
         with pytest.raises(UserError) as error:
             load_weights(tmp_path / "x")
         assert str(tmp_path / "x") in str(error.value)
@@ -269,7 +271,7 @@ ARRAYS = {"a/b": np.ones((2, 3), np.float32), "c": np.arange(4.0), "d": np.ones(
 def test_damaged_files_are_read_right_or_refused(tmp_path, kind):
     path = tmp_path / "w"
     if kind == "safetensors":
-        files.write_safetensors(path, ARRAYS)
+        weight_files.write_safetensors(path, ARRAYS)
     else:
         with path.open("wb") as file:
             (np.savez if kind == "npz" else np.savez_compressed)(file, **ARRAYS)
@@ -277,7 +279,7 @@ def test_damaged_files_are_read_right_or_refused(tmp_path, kind):
     read = 0
     for data in mutations(path.read_bytes(), 4000, seed=len(kind)):
         path.write_bytes(data)
-        if arrays := attempt(lambda path: files.read(path)[0], path):
+        if arrays := attempt(lambda path: weight_files.read(path)[0], path):
             assert sorted(value.shape for value in arrays.values()) == shapes
             read += 1
     assert 0 < read < 4000
@@ -359,15 +361,15 @@ def test_any_wrong_array_is_a_sentence(tmp_path, kind):
     cfg, params = model(depth=1, **KINDS[kind])
     if kind == "google":
         google.write(tmp_path / "w", cfg, params)
-        arrays, _ = files.read(tmp_path / "w")
+        arrays, _ = weight_files.read(tmp_path / "w")
     elif kind.startswith("huggingface"):
         huggingface.write(tmp_path, cfg, params)
-        arrays, _ = files.read(tmp_path / "model.safetensors")
+        arrays, _ = weight_files.read(tmp_path / "model.safetensors")
         (tmp_path / "config.json").unlink()
     else:
         arrays = timm.state_dict(cfg, params)
     rng = np.random.default_rng(0)
     path = tmp_path / "w"
     for _ in range(200):
-        files.write_npz(path, shuffled(arrays, rng))
+        weight_files.write_npz(path, shuffled(arrays, rng))
         attempt(lambda path: load_weights(path, num_heads=3), path)

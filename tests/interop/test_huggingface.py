@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from tests.interop.tiny_models import model, same
-from vit_jax.errors import UserError
-from vit_jax.interop import files, huggingface
+from vit_jax.interop import huggingface, weight_files
 from vit_jax.interop.load import load_weights
+from vit_jax.system.errors import UserError
 
 NAMES = ("cat", "dog", "cow", "pig", "owl")
 ONE = np.ones(1, np.float32)
@@ -20,9 +20,9 @@ def export(folder, changes=None, **options):
     names = NAMES if cfg.num_classes else None
     value_range = "imagenet" if cfg.channels == 3 else "inception"
     huggingface.write(folder, cfg, params, names, value_range, "resize(method='bicubic')")
-    state, _ = files.read(folder / "model.safetensors")
+    state, _ = weight_files.read(folder / "model.safetensors")
     state = {k: v for k, v in (state | (changes or {})).items() if v is not None}
-    files.write_safetensors(folder / "model.safetensors", state)
+    weight_files.write_safetensors(folder / "model.safetensors", state)
     return cfg, params
 
 
@@ -60,12 +60,12 @@ def test_a_bare_file_takes_hugging_faces_defaults(tmp_path):
 
 def shards(folder, where=None):
     cfg, params = export(folder)
-    state, _ = files.read(folder / "model.safetensors")
+    state, _ = weight_files.read(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     placed = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(state)}
     for part in set(placed.values()):
         inside = {name: x for name, x in state.items() if placed[name] == part}
-        files.write_safetensors(folder / part, inside)
+        weight_files.write_safetensors(folder / part, inside)
     index = {"weight_map": placed | (where or {})}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return cfg, params

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 
 from tests.interop.tiny_models import model
-from vit_jax.data.preprocess import VALUE_RANGES, parse_transform
-from vit_jax.errors import UserError
-from vit_jax.interop import checkpoints_page, files, google, huggingface, timm
+from vit_jax.data.transforms.language import VALUE_RANGES, parse_transform
+from vit_jax.interop import checkpoints_page, google, huggingface, timm, weight_files
 from vit_jax.interop.families import FAMILIES
 from vit_jax.interop.load import load_weights
-from vit_jax.interop.positions import METHODS
+from vit_jax.interop.resize_positions import METHODS
 from vit_jax.models.registry import variant_name
 from vit_jax.models.variants import VARIANTS
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -44,13 +44,13 @@ def test_the_family_is_found_in_the_file_whatever_its_name(tmp_path):
     assert load_weights(tmp_path / "google.npz", num_heads=3).family == "timm"
     huggingface.write(tmp_path / "vit.npz", cfg, params)
     assert load_weights(tmp_path / "vit.npz").family == "huggingface"
-    arrays, _ = files.read(tmp_path / "model.safetensors")
-    files.write_safetensors(tmp_path / "w", arrays)
+    arrays, _ = weight_files.read(tmp_path / "model.safetensors")
+    weight_files.write_safetensors(tmp_path / "w", arrays)
     assert load_weights(tmp_path / "w").family == "google"
 
 
 def test_another_network_is_named_by_its_arrays(tmp_path):
-    files.write_npz(tmp_path / "w", {"conv1.weight": np.ones(3), "fc.bias": np.ones(3)})
+    weight_files.write_npz(tmp_path / "w", {"conv1.weight": np.ones(3), "fc.bias": np.ones(3)})
     with pytest.raises(
         UserError, match=r"no Vision Transformer.*2 arrays such as conv1\.weight"
     ):

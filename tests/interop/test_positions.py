@@ -7,9 +7,8 @@ import scipy.interpolate
 import scipy.ndimage
 
 from tests.interop.tiny_models import model
-from vit_jax.errors import UserError
 from vit_jax.interop.families import expected_shapes, flatten
-from vit_jax.interop.positions import (
+from vit_jax.interop.resize_positions import (
     METHODS,
     _geometric_points,
     resize_embedding,
@@ -18,6 +17,7 @@ from vit_jax.interop.positions import (
     resize_relative,
 )
 from vit_jax.models import vit
+from vit_jax.system.errors import UserError
 
 GRIDS = [((14, 14), (24, 24)), ((14, 14), (7, 7)), ((14, 14), (7, 28)), ((3, 5), (4, 2)),
          ((7, 7), (14, 14)), ((2, 2), (1, 3)), ((1, 4), (3, 9))]  # fmt: skip

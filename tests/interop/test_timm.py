@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 
 from tests.interop.tiny_models import model, same
-from vit_jax.errors import UserError
-from vit_jax.interop import files, timm
+from vit_jax.interop import timm, weight_files
 from vit_jax.interop.load import load_weights
+from vit_jax.system.errors import UserError
 
 
 def save(path, cfg, params, **changes):
     """Writes the state dict with arrays added, replaced or (None) taken out."""
     state = timm.state_dict(cfg, params) | changes
     state = {name: value for name, value in state.items() if value is not None}
-    files.write_safetensors(path, state)
+    weight_files.write_safetensors(path, state)
     return path
 
 
@@ -68,7 +68,7 @@ def test_registers_take_the_class_position_into_the_class_token(tmp_path):
     table = params["Transformer"]["posembed_input"]["pos_embedding"]
     np.testing.assert_array_equal(found.params["cls"], params["cls"] + table[:, :1])
     again = timm.state_dict(found.cfg, found.params, class_row=False)
-    state, _ = files.read(tmp_path / "w")
+    state, _ = weight_files.read(tmp_path / "w")
     assert again.keys() == state.keys()
     assert all(np.array_equal(again[name], state[name]) for name in state)
 
@@ -88,7 +88,7 @@ def test_deit_3_has_no_class_position_and_its_own_name_for_layer_scale(tmp_path)
     for i in (1, 2):
         for b in (0, 1):
             state[f"blocks.{b}.gamma_{i}"] = state.pop(f"blocks.{b}.ls{i}.gamma")
-    files.write_safetensors(tmp_path / "w", state)
+    weight_files.write_safetensors(tmp_path / "w", state)
     found = load_weights(tmp_path / "w", num_heads=3)
     assert (found.family, found.cfg, found.value_range) == ("deit", cfg, "imagenet")
     same(found.params, params)
@@ -107,7 +107,7 @@ def test_mae_leaves_its_decoder_behind(tmp_path):
 def test_prefixes(tmp_path, prefix):
     cfg, params = model(gelu="erf")
     state = {prefix + name: x for name, x in timm.state_dict(cfg, params).items()}
-    files.write_safetensors(tmp_path / "w", state | {"other": np.ones(3)})
+    weight_files.write_safetensors(tmp_path / "w", state | {"other": np.ones(3)})
     found = load_weights(tmp_path / "w", num_heads=3)
     assert found.cfg == cfg
     assert found.family == ("dino" if "backbone" in prefix else "timm")

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from tests.interop.tiny_models import model, same
-from vit_jax.errors import UserError
-from vit_jax.interop import files, huggingface, timm, wrappers
+from vit_jax.interop import huggingface, timm, weight_files, wrappers
 from vit_jax.interop.load import load_weights
+from vit_jax.system.errors import UserError
 
 CFG, PARAMS = model(gelu="erf")
 STATE = timm.state_dict(CFG, PARAMS)
@@ -19,7 +19,9 @@ def under(prefix, state=STATE):
 
 
 def load(path, arrays, **options):
-    files.write_safetensors(path / "w", {name: np.array(x) for name, x in arrays.items()})
+    weight_files.write_safetensors(
+        path / "w", {name: np.array(x) for name, x in arrays.items()}
+    )
     return load_weights(path / "w", num_heads=3, **options)
 
 
@@ -158,7 +160,7 @@ def test_chunks_of_blocks(tmp_path, own_numbers):
 
 def test_hugging_faces_names_under_other_words(tmp_path):
     huggingface.write(tmp_path / "folder", CFG, PARAMS)
-    arrays, _ = files.read(tmp_path / "folder" / "model.safetensors")
+    arrays, _ = weight_files.read(tmp_path / "folder" / "model.safetensors")
     found = load(tmp_path, under("model.", arrays))
     assert (found.cfg.num_classes, found.family) == (5, "huggingface")
     same(found.params, PARAMS)

@@ -13,9 +13,9 @@ import pytest
 from jax import export
 
 from vit_jax.analysis.attention import with_attention_summary
-from vit_jax.errors import UserError
 from vit_jax.models import attention, devices, vit
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 SMALL = {
     "image_size": (12, 8),

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.errors import UserError
 from vit_jax.models import mixer
 from vit_jax.models.model import count_parameters
 from vit_jax.models.variants import decode_mixer
+from vit_jax.system.errors import UserError
 
 KEY = jax.random.key(0)
 SMALL = mixer.MixerConfig(

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.errors import UserError
 from vit_jax.models import vit
 from vit_jax.models.model import count_parameters
 from vit_jax.models.positions import relative_index
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 KEY = jax.random.key(0)
 BEIT = {

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.errors import UserError
 from vit_jax.models import attention, devices, kernels, layers, mixer, vit
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 SMALL = {
     "image_size": (16, 12),

@@ -5,12 +5,12 @@ import numpy as np
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax.errors import UserError
 from vit_jax.models import registry
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.model import count_parameters
 from vit_jax.models.resnet import ResNetConfig
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 
 def configure(variant, size=224, classes=1000, **fields):

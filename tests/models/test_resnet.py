@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.errors import UserError
 from vit_jax.models import resnet
 from vit_jax.models.layers import Dense
 from vit_jax.models.model import count_parameters
 from vit_jax.models.variants import RESNETS, decode_resnet
+from vit_jax.system.errors import UserError
 
 KEY = jax.random.key(0)
 SMALL = resnet.ResNetConfig((33, 20), 3, resnet=(2, 1), resnet_width=1, num_classes=5)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.errors import UserError
 from vit_jax.models import attention, devices, tpu_attention
+from vit_jax.system.errors import UserError
 
 
 def normal(seed, *shape):

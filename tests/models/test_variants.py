@@ -1,7 +1,7 @@
 import pytest
 
-from vit_jax.errors import UserError
 from vit_jax.models.variants import VARIANTS, Variant, decode_variant
+from vit_jax.system.errors import UserError
 
 
 def test_base_large_and_huge_are_table_1():

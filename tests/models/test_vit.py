@@ -6,11 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.errors import UserError
 from vit_jax.models import vit
 from vit_jax.models.model import count_parameters
 from vit_jax.models.positions import posemb_sincos_2d
 from vit_jax.models.variants import decode_variant
+from vit_jax.system.errors import UserError
 
 KEY = jax.random.key(0)
 SMALL = vit.ViTConfig(

@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.errors import UserError
 from vit_jax.models.model import Model
 from vit_jax.objectives.classification import Classification, smooth_labels
+from vit_jax.system.errors import UserError
 
 LOGITS = jnp.array([[2.0, -1.0, 0.5], [0.0, 3.0, 0.0], [1.0, 1.0, -4.0], [9.0, 0.0, 0.0]])
 LABELS = jnp.array([0, 2, 1, 0])

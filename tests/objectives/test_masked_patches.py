@@ -8,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax.errors import UserError
 from vit_jax.models import registry
 from vit_jax.models.resnet import ResNetConfig
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives import masked_patches
 from vit_jax.objectives.masked_patches import MaskedPatches
+from vit_jax.system.errors import UserError
 
 KEY = jax.random.key(0)
 SHAPE = {"depth": 1, "width": 16, "mlp_dim": 24, "num_heads": 2, "num_classes": 0}

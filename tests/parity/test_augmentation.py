@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from vit_jax.data import augment, mixing
+from vit_jax.data import mixing
+from vit_jax.data.transforms import augment
 from vit_jax.objectives.classification import smooth_labels
 
 pytestmark = [

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from tests.interop.test_hostile import attempt, shuffled
-from vit_jax.errors import UserError
-from vit_jax.interop import files, google
+from vit_jax.interop import google, weight_files
 from vit_jax.interop.families import expected_shapes, nest
 from vit_jax.interop.load import load_weights
 from vit_jax.models import registry
 from vit_jax.models.variants import decode_hybrid
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 pytestmark = [
     pytest.mark.parity,
@@ -176,7 +176,7 @@ def test_timms_own_files_are_read(tmp_path, units, patch_size, image_size, prefi
     cfg, _ = hybrid(units, patch_size, image_size, gelu="erf")
     theirs = randomize(timms(cfg))
     state = {prefix + name: value for name, value in arrays_of(theirs).items()}
-    files.write_safetensors(tmp_path / "w", state)
+    weight_files.write_safetensors(tmp_path / "w", state)
     found = load_weights(tmp_path / "w", image_size, num_heads=4)
     assert (found.cfg, found.family) == (cfg, "timm")
     assert "epsilons" in found.notes[-1]
@@ -186,7 +186,7 @@ def test_timms_own_files_are_read(tmp_path, units, patch_size, image_size, prefi
 def test_the_config_beside_a_hybrid_is_used(tmp_path):
     cfg, _ = hybrid((1,), 8, (32, 32))
     theirs = randomize(timms(cfg))
-    files.write_safetensors(tmp_path / "model.safetensors", arrays_of(theirs))
+    weight_files.write_safetensors(tmp_path / "model.safetensors", arrays_of(theirs))
     config = {
         "architecture": "vit_small_r26_s32_224",
         "model_args": {"act_layer": "gelu_tanh", "num_heads": 2},
@@ -207,7 +207,7 @@ def test_what_is_wrong_in_the_backbone_is_listed(tmp_path, units):
     stem = "patch_embed.backbone." + ("stem." if units else "")
     state["patch_embed.backbone.fc.bias"] = state.pop(f"{stem}norm.bias")
     state[f"{stem}norm.weight"] = np.zeros((3, 3), np.float32)
-    files.write_safetensors(tmp_path / "w", state)
+    weight_files.write_safetensors(tmp_path / "w", state)
     with pytest.raises(UserError) as error:
         load_weights(tmp_path / "w", num_heads=4)
     message = str(error.value)
@@ -220,11 +220,11 @@ def test_other_backbones_are_refused(tmp_path):
     cfg, _ = hybrid((1,), 8, (32, 32))
     state = arrays_of(timms(cfg))
     deep = {n.replace("stem.conv.", "conv1.0."): x for n, x in state.items()}
-    files.write_safetensors(tmp_path / "w", deep)
+    weight_files.write_safetensors(tmp_path / "w", deep)
     with pytest.raises(UserError, match="do not come from a ResNet with weight standard"):
         load_weights(tmp_path / "w", num_heads=4)
     more = {n.replace("stages.0", "stages.1"): x for n, x in state.items()} | state
-    files.write_safetensors(tmp_path / "w", more)
+    weight_files.write_safetensors(tmp_path / "w", more)
     with pytest.raises(UserError, match="256 channels after 2 stages"):
         load_weights(tmp_path / "w", num_heads=4)
 
@@ -234,7 +234,7 @@ def test_any_wrong_array_is_a_sentence(tmp_path, kind):
     module = timms_mixer() if kind == "mixer" else timms(hybrid((1,), 8, (32, 32))[0])
     state, rng = arrays_of(module), np.random.default_rng(0)
     for _ in range(100):
-        files.write_npz(tmp_path / "w", shuffled(state, rng))
+        weight_files.write_npz(tmp_path / "w", shuffled(state, rng))
         attempt(lambda path: load_weights(path, num_heads=4), tmp_path / "w")
 
 
@@ -255,7 +255,7 @@ def timms_mixer(**options):
 )
 def test_timms_mixers_are_read(tmp_path, options):
     theirs = timms_mixer(**options)
-    files.write_safetensors(tmp_path / "w", arrays_of(theirs))
+    weight_files.write_safetensors(tmp_path / "w", arrays_of(theirs))
     image_size = options.get("img_size", (32, 32))
     found = load_weights(tmp_path / "w", image_size)
     assert (found.family, found.notes) == ("timm", ())
@@ -269,7 +269,7 @@ def test_timms_mixers_are_read(tmp_path, options):
 def test_other_mixers_are_refused(tmp_path):
     state = arrays_of(timms_mixer(stem_norm=True))
     del state["blocks.1.norm2.bias"]
-    files.write_safetensors(tmp_path / "w", state)
+    weight_files.write_safetensors(tmp_path / "w", state)
     with pytest.raises(
         UserError, match=r"blocks\.1\.norm2\.bias is missing; stem\.norm\.\w+ is"
     ):

@@ -17,11 +17,11 @@ from tests.parity.networks import (
     ours,
     timm_model,
 )
-from vit_jax.data.preprocess import normalize, parse_transform
+from vit_jax.data.transforms.language import normalize, parse_transform
 from vit_jax.interop import google, huggingface, timm
 from vit_jax.interop.families import expected_shapes, nest
 from vit_jax.interop.load import load_weights
-from vit_jax.interop.positions import resize_params
+from vit_jax.interop.resize_positions import resize_params
 from vit_jax.models import vit
 
 pytestmark = [

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.parity.networks import assert_close, images, ours, randomize, timm_model
-from vit_jax import trained
-from vit_jax.errors import UserError
+from vit_jax.checkpoints import trained
 from vit_jax.interop.channels import adapt_first
 from vit_jax.interop.load import load_weights
-from vit_jax.interop.positions import resize_params
+from vit_jax.interop.resize_positions import resize_params
+from vit_jax.system.errors import UserError
 
 pytestmark = [
     pytest.mark.parity,

@@ -16,8 +16,8 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from tests.interop.tiny_models import model
-from vit_jax.data import resize
-from vit_jax.data.preprocess import normalize, parse_transform
+from vit_jax.data.transforms import resize
+from vit_jax.data.transforms.language import normalize, parse_transform
 from vit_jax.interop import huggingface
 
 pytestmark = [

@@ -15,12 +15,13 @@ from PIL import Image
 
 from tests.parity.networks import SIZES, assert_close, hf_model, images, ours, timm_model
 from tests.parity.test_preprocessing import photos
-from vit_jax import trained
-from vit_jax.data import resize, value_ranges
-from vit_jax.data.preprocess import parse_transform
-from vit_jax.errors import UserError
-from vit_jax.interop import files
+from vit_jax.checkpoints import trained
+from vit_jax.data import value_ranges
+from vit_jax.data.transforms import resize
+from vit_jax.data.transforms.language import parse_transform
+from vit_jax.interop import weight_files
 from vit_jax.interop.load import load_weights
+from vit_jax.system.errors import UserError
 
 pytestmark = [
     pytest.mark.parity,
@@ -183,8 +184,9 @@ def test_a_crop_of_another_size_than_the_positions(tmp_path, name, options, crop
 def test_the_whole_way_of_a_small_crop(tmp_path, monkeypatch):
     """From photos to vectors by `embed`'s own code, against processor and model."""
     transformers = pytest.importorskip("transformers")
-    from vit_jax import embed, inference
-    from vit_jax.training import sharding
+    from vit_jax import embed
+    from vit_jax.distributed import sharding
+    from vit_jax.evaluation import inference
 
     processor = BIT | {"crop_size": {"height": 32, "width": 32}, "resample": 3}
     theirs = folder_with(tmp_path, processor, "Dinov2Model")
@@ -249,7 +251,7 @@ def test_problem_types(tmp_path):
 def timm_folder(path, image_size, cfg, args=None, **options):
     theirs = timm_model(SIZES[0], image_size, **options)
     state = {name: x.contiguous().numpy() for name, x in theirs.state_dict().items()}
-    files.write_safetensors(path / "model.safetensors", state)
+    weight_files.write_safetensors(path / "model.safetensors", state)
     config = {"architecture": "vit_x", "num_classes": 7, "model_args": {"num_heads": 2}}
     config["model_args"] |= {"img_size": list(image_size)} | (args or {})
     (path / "config.json").write_text(json.dumps(config | {"pretrained_cfg": cfg}))

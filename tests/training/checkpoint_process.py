@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.errors import UserError
-from vit_jax.training import sharding, stored
-from vit_jax.training.checkpoint import Checkpoints, abstract
+from vit_jax.checkpoints import orbax_io
+from vit_jax.checkpoints.directory import Checkpoints, abstract
+from vit_jax.distributed import sharding
+from vit_jax.system.errors import UserError
 
 CARD = {"config": {"ema_decay": 0.0}, "class_names": ["cat", "dog"]}
 
@@ -45,7 +46,7 @@ def main(workdir, action, axes, port, count, index, fail=""):
                 checkpoints.save(step, make(step), CARD)
             return
         if fail == index:
-            stored._read = raise_input_output_error
+            orbax_io._read = raise_input_output_error
         try:
             found = checkpoints.restore(abstract(shapes, where))
         except UserError as error:

@@ -8,9 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from vit_jax.errors import UserError
-from vit_jax.training import sharding
-from vit_jax.training.checkpoint import Checkpoints, abstract, load_card, load_params
+from vit_jax.checkpoints.directory import Checkpoints, abstract, load_card, load_params
+from vit_jax.distributed import sharding
+from vit_jax.system.errors import UserError
 from vit_jax.training.step import TrainState
 
 CARD = {"config": {"ema_decay": 0.0}, "class_names": ["cat", "dog"]}
@@ -160,8 +160,8 @@ FULL = """
 import resource, signal, sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from vit_jax.errors import UserError
-from vit_jax.training.checkpoint import Checkpoints
+from vit_jax.system.errors import UserError
+from vit_jax.checkpoints.directory import Checkpoints
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 state = {f"k{i}": jax.random.normal(jax.random.key(i), (700, 500)) for i in range(60)}

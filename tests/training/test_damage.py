@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from tests.campaign.bit_flips import CARD, NEW, OLD, equal, forget_digests, make, state, target
-from vit_jax.errors import UserError
-from vit_jax.training import digests, stored, verify
-from vit_jax.training.checkpoint import Checkpoints, first_intact, load_card, load_params
-from vit_jax.training.damage import system_trouble
-from vit_jax.training.digests import Damaged
+from vit_jax.checkpoints import digests, orbax_io, verify
+from vit_jax.checkpoints.damage import system_trouble
+from vit_jax.checkpoints.digests import Damaged
+from vit_jax.checkpoints.directory import Checkpoints, first_intact, load_card, load_params
+from vit_jax.system.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -140,7 +140,7 @@ def test_damaged_metadata_is_damage(workdir, part, change, digested):
     with pytest.raises(Damaged):
         load_params(checkpoint, target().params)
     with pytest.raises(Damaged):
-        stored.verify(checkpoint)
+        orbax_io.verify(checkpoint)
     assert equal(resume(workdir), state(OLD))
 
 
@@ -222,7 +222,7 @@ def test_an_error_of_the_system_leaves_everything_where_it_is(
         except type(error):
             raise Exception("an array could not be read")  # noqa: B904 - as Orbax does
 
-    monkeypatch.setattr(stored, "_read", fail)
+    monkeypatch.setattr(orbax_io, "_read", fail)
     before = files_of(workdir)
     for use in (resume, lambda workdir: params_of(workdir, "last")):
         with pytest.raises(
@@ -434,6 +434,6 @@ def test_what_was_never_saved_is_damage_and_nobody_waits_for_it(workdir, place, 
         with path.open("wb") as file:
             file.truncate(1 << 40)
     with pytest.raises(Damaged, match=r"no regular file|1,099,511,627,776 bytes"):
-        stored.verify(workdir / f"best/{OLD}")
+        orbax_io.verify(workdir / f"best/{OLD}")
     with pytest.raises(UserError, match="is damaged"):
         params_of(workdir, "best")

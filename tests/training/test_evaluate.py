@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from vit_jax.training.evaluate import evaluate
+from vit_jax.evaluation.averages import evaluate
 
 
 def test_averages_are_exact_sums_over_exact_counts():

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from vit_jax.config import get_config
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 from vit_jax.training.optimizer import kernels_only, make_optimizer, make_schedule
 
 PARAMS = {

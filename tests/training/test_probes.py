@@ -5,15 +5,18 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from vit_jax.data import pipeline, preprocess, sources
-from vit_jax.errors import UserError
+from vit_jax.data import pipeline
+from vit_jax.data.sources import catalog
+from vit_jax.data.transforms import language
+from vit_jax.distributed import sharding
+from vit_jax.evaluation import probes
 from vit_jax.models import vit
-from vit_jax.training import probes, sharding
+from vit_jax.system.errors import UserError
 
 
 def pixels(split):
     """The 64 grey levels of each digit as its features; some of them never vary."""
-    source = sources.load("digits", split)
+    source = catalog.load("digits", split)
     return probes.Features(
         np.float32(source.images.reshape(len(source), -1)), np.int32(source.labels)
     )
@@ -42,13 +45,13 @@ def test_features_are_the_pre_logits_of_every_example_once_and_in_order():
     )
     model, mesh = vit.build(config), sharding.make_mesh()
     params = jax.jit(model.init)(jax.random.key(0))
-    source = sources.load("digits", "test[:83]")
+    source = catalog.load("digits", "test[:83]")
     prepare = lambda batch, key: {
         **batch,
-        "image": preprocess.normalize(batch["image"], "inception"),
+        "image": language.normalize(batch["image"], "inception"),
     }
     step = probes.make_feature_step(model, prepare, mesh)
-    transform = preprocess.parse_transform("resize", (8, 8))
+    transform = language.parse_transform("resize", (8, 8))
     with pipeline.eval_batches(
         source, transform=transform, channels=1, batch_size=16
     ) as batches:
@@ -96,7 +99,7 @@ def test_subsets_are_rows_of_one_set_of_images(digits):
 
 
 def test_labels_and_rows_of_a_source():
-    source = sources.load("digits", "train[:1100]+test[5:9]")
+    source = catalog.load("digits", "train[:1100]+test[5:9]")
     labels = probes.read_labels(source, threads=4)
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, [source[i]["label"] for i in range(1104)])

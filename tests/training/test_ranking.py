@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score, precision_recall_fscore_support
 
-from vit_jax.training import ranking
-from vit_jax.training.ranking import Ranking
+from vit_jax.evaluation import ranking
+from vit_jax.evaluation.ranking import Ranking
 
 
 @pytest.fixture(params=[0, 1, 2])

@@ -12,13 +12,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from vit_jax import config as configuration
-from vit_jax import experiment
-from vit_jax.errors import UserError
+from vit_jax.checkpoints.directory import Checkpoints, abstract
+from vit_jax.distributed import sharding
 from vit_jax.models import registry
 from vit_jax.models.vit import unstack_layers
 from vit_jax.objectives.classification import Classification
-from vit_jax.training import sharding
-from vit_jax.training.checkpoint import Checkpoints, abstract
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 from vit_jax.training.step import init_state, make_train_step
 
 # Not Adam: the gradient of a key's bias is zero but for rounding, which Adam would blow up.

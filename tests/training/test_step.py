@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
+from vit_jax.distributed import sharding
 from vit_jax.models import vit
 from vit_jax.objectives.classification import Classification
-from vit_jax.training import sharding
 from vit_jax.training.step import (
     init_state,
     make_eval_step,

@@ -1,5 +1,5 @@
-"""What a model learns from: `source[i] -> decode -> augment (host, uint8) -> batch -> device`.
+"""What a model learns from: `source[i] -> decode -> transform (host, uint8) -> batch -> device`.
 
-`sources` finds examples, `preprocess` (with `resize` and `augment`) turns one into pixels,
-`pipeline` batches them, and `mixing` blends batches on the device.
+`sources` finds examples, `transforms` turns one into pixels, `pipeline` batches them, and
+`mixing` blends batches on the device.
 """

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vit_jax.data.decode import BadImage, decode
-from vit_jax.data.kept import Kept
-from vit_jax.data.sources import Source
-from vit_jax.errors import UserError
+from vit_jax.data.image_cache import Kept
+from vit_jax.data.sources.source import Source
+from vit_jax.system.errors import UserError
 
 _told: set[str] = set()  # an evaluation that comes again need not tell again
 

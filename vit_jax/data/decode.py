@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vit_jax import bounded
 from vit_jax.data import tiff
 from vit_jax.data.planes import OtherChannels, Planes, with_channels, with_depth
-from vit_jax.errors import UserError
+from vit_jax.system import bounded
+from vit_jax.system.errors import UserError
 
 # Pillow reads 40 more, among them EPS, for which it runs another program on the file. It asks
 # one after the other: so the commonest come first.

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 FORMS = ("google", "timm")
 

@@ -21,12 +21,12 @@ from PIL import Image
 from vit_jax.data import bad_images
 from vit_jax.data.bad_images import BadImages, Replacing
 from vit_jax.data.decode import BadImage, decode
-from vit_jax.data.kept import Kept
-from vit_jax.data.multi_label import is_multi_label
-from vit_jax.data.preprocess import Transform, check_channels
-from vit_jax.data.sources import Source
+from vit_jax.data.image_cache import Kept
+from vit_jax.data.sources.multi_label import is_multi_label
+from vit_jax.data.sources.source import Source
+from vit_jax.data.transforms.language import Transform, check_channels
 from vit_jax.data.workers import end_with_the_parent, free_shared_memory, start_tracker
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 # Seconds of CPU time below which an image is small: between a PNG of 32 x 32, which takes about
 # 0.00015, and a photograph of 500 x 375, which takes about 0.002. No more was measured.

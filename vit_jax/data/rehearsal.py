@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 
 from vit_jax.data.decode import BadImage, decode
-from vit_jax.data.preprocess import Transform
-from vit_jax.data.sources import Source
+from vit_jax.data.sources.source import Source
+from vit_jax.data.transforms.language import Transform
 
 _TRIED = 8  # images, spread over the source, of which one has to be good
 

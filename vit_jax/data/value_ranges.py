@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 Numbers = tuple[float, ...]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 # Where a network meets the pixels: the kernel's axis 2 is the channel.
 FIRST = ("conv_root", "embedding", "stem")

@@ -30,8 +30,9 @@ raw weights (`model_ema`, `state_dict_ema`, `ema_model.`, `teacher.`) the averag
 taken, of MoCo's encoders the base encoder; a note says so, and `--weights` chooses.
 """
 NAMES = """\
-Ways to resize positions are those of `vit_jax/interop/positions.py`, value ranges those of
-`vit_jax/data/value_ranges.py`, transforms those of `vit_jax/data/preprocess.py`. Each of these
+Ways to resize positions are those of `vit_jax/interop/resize_positions.py`, value ranges those
+of `vit_jax/data/value_ranges.py`, transforms those of
+`vit_jax/data/transforms/language.py`. Each of these
 flags is in every command that opens weights:
 """
 FORMS = (

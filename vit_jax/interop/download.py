@@ -16,7 +16,7 @@ damaged since is moved aside and fetched anew. One that you put there yourself i
 is. Files are only stored here: nothing in them is run. Three environment variables change
 where:
 
-    VIT_JAX_CACHE      the cache folder, see vit_jax/cache.py
+    VIT_JAX_CACHE      the cache folder, see vit_jax/system/cache.py
     VIT_JAX_GCS_URL    a mirror of Google's buckets, else https://storage.googleapis.com
     VIT_JAX_HF_URL     a mirror of the hub, else https://huggingface.co
 
@@ -47,9 +47,10 @@ from urllib.parse import quote, unquote, urldefrag, urlsplit
 
 from tqdm import tqdm
 
-from vit_jax import __version__, bounded, lock
-from vit_jax.cache import folder as cache_folder
-from vit_jax.errors import UserError
+from vit_jax import __version__
+from vit_jax.system import bounded, lock
+from vit_jax.system.cache import folder as cache_folder
+from vit_jax.system.errors import UserError
 
 _HOSTS = {
     "VIT_JAX_GCS_URL": "https://storage.googleapis.com",

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from vit_jax.errors import UserError
 from vit_jax.models import registry
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.model import Params
@@ -24,6 +23,7 @@ from vit_jax.models.registry import ModelConfig
 from vit_jax.models.resnet import ResNetConfig
 from vit_jax.models.variants import VARIANTS
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 Arrays = dict[str, np.ndarray]
 
@@ -35,10 +35,11 @@ class Family:
     Attributes:
       gelu: `tanh` | `erf`.
       layer_norm_eps: epsilon of every LayerNorm.
-      posemb_resize: a name of `interop.positions.METHODS`.
+      posemb_resize: a name of `interop.resize_positions.METHODS`.
       value_range: for `data.value_ranges`.
-      transform: how images are brought to size for evaluation, for `data.preprocess`; where
-        they are cropped, `SHORTER` stands for the shorter edge before the crop.
+      transform: how images are brought to size for evaluation, for
+        `data.transforms.language`; where they are cropped, `SHORTER` stands for the shorter
+        edge before the crop.
       crop: what share of that edge the crop keeps.
     """
 
@@ -97,8 +98,8 @@ class Imported:
       params: nested dicts of float32 numpy arrays, one `encoderblock_i` a layer.
       class_names: one name an output, if the file has them.
       value_range: for `data.value_ranges`.
-      eval_transform: for `data.preprocess.parse_transform`.
-      posemb_resize: a name of `interop.positions.METHODS`.
+      eval_transform: for `data.transforms.language.parse_transform`.
+      posemb_resize: a name of `interop.resize_positions.METHODS`.
       notes: sentences about what was left out or assumed.
       input_size: (H, W) of the images that `eval_transform` makes, where they are not those
         that the positions of `cfg` are for.

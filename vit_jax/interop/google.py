@@ -26,8 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vit_jax.errors import UserError
-from vit_jax.interop import files
+from vit_jax.interop import weight_files
 from vit_jax.interop.families import (
     FAMILIES,
     Arrays,
@@ -50,6 +49,7 @@ from vit_jax.models.model import Params
 from vit_jax.models.registry import ModelConfig
 from vit_jax.models.resnet import ResNetConfig, reduction
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 _PREFIXES = ("", "opt/target/", "params/", "params/img/")
 # One of these is in every file, and says which prefix its names have.
@@ -396,7 +396,7 @@ def write(path: Path, cfg: ModelConfig, params: Params) -> tuple[str, ...]:
     else:
         arrays = {name: np.asarray(value) for name, value in flatten(params).items()}
         check_arrays(arrays, expected_shapes(cfg), path)
-    files.write_npz(
+    weight_files.write_npz(
         path,
         {
             name: value.reshape(1, 1, 1, -1) if _GROUP_NORM.fullmatch(name) else value

@@ -15,10 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax import bounded
-from vit_jax.atomic import replacing
-from vit_jax.errors import UserError
-from vit_jax.interop import files
+from vit_jax.interop import weight_files
 from vit_jax.interop.families import (
     FAMILIES,
     Arrays,
@@ -56,6 +53,9 @@ from vit_jax.interop.torch_layout import (
 )
 from vit_jax.models.model import Params
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system import bounded
+from vit_jax.system.atomic import replacing
+from vit_jax.system.errors import UserError
 
 _FAMILY = {
     "vit": "huggingface",
@@ -103,7 +103,7 @@ def read_folder(folder: Path) -> tuple[Arrays, str]:
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
-            return files.read_nested(folder / name)
+            return weight_files.read_nested(folder / name)
         index = _read_json(folder / f"{name}.index.json")
         if index is not None:
             return _read_shards(folder, index, f"{name}.index.json")
@@ -122,7 +122,7 @@ def _read_shards(folder: Path, index: dict[str, Any], name: str) -> tuple[Arrays
     for shard in sorted({str(shard) for shard in where.values()}):
         if Path(shard).name != shard or "\\" in shard:
             raise UserError(f"{folder / name} names {shard!r}, which is outside the folder")
-        part, kind = files.read_nested(folder / shard)
+        part, kind = weight_files.read_nested(folder / shard)
         for key, value in part.items():
             if where.get(key) != shard:
                 raise UserError(f"{folder / shard} has array {key!r}, unknown to its index")
@@ -313,7 +313,7 @@ def write(
       params: its parameters, one `encoderblock_i` a layer.
       class_names: one an output.
       value_range: for `data.value_ranges`.
-      eval_transform: for `data.preprocess.parse_transform`.
+      eval_transform: for `data.transforms.language.parse_transform`.
       input_size: (H, W) that it ends in, if not that of the model: see `Imported`.
       multi_label: whether an image may have several classes.
 
@@ -347,7 +347,7 @@ def write(
     config = _config(cfg, class_names) | _special(cfg, model)
     if multi_label:
         config["problem_type"] = "multi_label_classification"
-    files.write_safetensors(folder / "model.safetensors", state)
+    weight_files.write_safetensors(folder / "model.safetensors", state)
     _write_json(folder / "preprocessor_config.json", processor)
     _write_json(folder / "config.json", config)
     pooler = cfg.representation_size or model in ("beit", "dinov2", "dinov2_with_registers")

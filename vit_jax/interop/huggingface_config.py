@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 
 def image_size_of(config: dict[str, Any]) -> tuple[int, int] | None:

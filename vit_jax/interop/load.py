@@ -5,17 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vit_jax.errors import UserError
 from vit_jax.interop import (
-    files,
     google,
     huggingface,
     timm,
     timm_hybrid,
     torchvision,
+    weight_files,
     wrappers,
 )
 from vit_jax.interop.families import FAMILIES, Imported
+from vit_jax.system.errors import UserError
 
 __all__ = ["Imported", "load_weights"]
 
@@ -55,16 +55,16 @@ def load_weights(
     if path.is_dir():
         arrays, origin = huggingface.read_folder(path)
     else:
-        arrays, origin = files.read_nested(path)
+        arrays, origin = weight_files.read_nested(path)
     if google.recognises(arrays):
         if weights is not None:
             raise UserError(f"{path} holds one set of weights: leave out --weights={weights}")
-        files.check_finite(arrays, path)
-        size = image_size or _pair(files.npz_comment(path).get("image_size"))
+        weight_files.check_finite(arrays, path)
+        size = image_size or _pair(weight_files.npz_comment(path).get("image_size"))
         found = google.read(arrays, path, size, family, pool)
     else:
         chosen = wrappers.choose(arrays, weights, path)
-        files.check_finite(chosen.arrays, path)
+        weight_files.check_finite(chosen.arrays, path)
         found = _read(chosen, path, config, origin, image_size, num_heads, family, pool)
         found = dataclasses.replace(found, notes=(*chosen.notes, *found.notes))
     said: dict[str, Any] = {"num_heads": num_heads, "pool": pool, "family": family}
@@ -143,7 +143,7 @@ def _said(path: Path, origin: str) -> dict[str, Any]:
     if origin != "safetensors" or path.is_dir():
         return {}
     try:
-        said = json.loads(files.safetensors_metadata(path).get("vit_jax", "{}"))
+        said = json.loads(weight_files.safetensors_metadata(path).get("vit_jax", "{}"))
         said = {name: said[name] for name in (*timm.SAID, *timm.IMAGES) if name in said}
         for name in ("image_size", "input_size"):
             if name in said:

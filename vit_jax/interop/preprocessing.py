@@ -1,4 +1,4 @@
-"""What a `preprocessor_config.json` says about images, in words of `data.preprocess`, and back.
+"""What a `preprocessor_config.json` says about images, as `data.transforms.language`, and back.
 
 Every setting is obeyed, or the reason why it cannot be is told: pixels that are prepared half
 as the publisher does are worse than none. https://github.com/huggingface/transformers
@@ -9,8 +9,8 @@ import re
 from typing import Any, NamedTuple
 
 from vit_jax.data import value_ranges
-from vit_jax.errors import UserError
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 Size = tuple[int, int]  # height, width
 # Pixels of an edge, and patches of an image, that a publisher can mean: larger ones would be
@@ -296,7 +296,7 @@ def to_processor(
     Args:
       cfg: the network.
       value_range: of `data.value_ranges`.
-      eval_transform: of `data.preprocess`.
+      eval_transform: of `data.transforms.language`.
       notes: gets a sentence for what is said less exactly than we would.
       input_size: (H, W) of the images, None: that of the network.
 

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vit_jax.errors import UserError
-from vit_jax.interop import files, timm_config
+from vit_jax.interop import timm_config, weight_files
 from vit_jax.interop.families import (
     FAMILIES,
     Arrays,
@@ -47,6 +46,7 @@ from vit_jax.interop.torch_layout import (
 )
 from vit_jax.models.model import Params
 from vit_jax.models.vit_config import CHOICES, ViTConfig
+from vit_jax.system.errors import UserError
 
 POOLS = CHOICES["pool"]
 
@@ -476,7 +476,7 @@ def write(
     # timm's arrays say none of this; the header can, to us.
     said = {field: getattr(cfg, field) for field in SAID}
     metadata = {"vit_jax": json.dumps(said | (images or {}))}
-    files.write_safetensors(
+    weight_files.write_safetensors(
         path, state_dict(cfg, params, class_row=not cfg.registers), metadata
     )
     options = {

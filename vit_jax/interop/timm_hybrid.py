@@ -22,7 +22,6 @@ from typing import Any, cast
 
 import numpy as np
 
-from vit_jax.errors import UserError
 from vit_jax.interop import timm, timm_config
 from vit_jax.interop.families import (
     FAMILIES,
@@ -40,6 +39,7 @@ from vit_jax.interop.torch_layout import count_blocks
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.resnet import reduction
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 _BACKBONE = "patch_embed.backbone."

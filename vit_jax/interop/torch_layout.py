@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vit_jax.errors import UserError
 from vit_jax.interop.families import (
     Arrays,
     check_arrays,
@@ -25,6 +24,7 @@ from vit_jax.interop.families import (
 from vit_jax.models.model import Params
 from vit_jax.models.registry import ModelConfig
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 POSITIONS = "Transformer/posembed_input/pos_embedding"
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}

@@ -14,10 +14,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from vit_jax.errors import UserError
 from vit_jax.interop.families import Arrays
-from vit_jax.interop.files import WRAPPERS
 from vit_jax.interop.huggingface_names import PATCHES, PREFIXES
+from vit_jax.interop.weight_files import WRAPPERS
+from vit_jax.system.errors import UserError
 
 WEIGHTS = ("raw", "ema")
 # How the name of one array ends that every network of a kind has, after the prefix; and what

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from vit_jax.errors import UserError
 from vit_jax.models import devices
 from vit_jax.models.kernels import contract, product, stored
+from vit_jax.system.errors import UserError
 
 ATTENTION_KERNELS = (
     "auto",  # the fastest that the device, the precision and the network allow

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 
 def check_choices(cfg: Any, choices: Mapping[str, tuple[str, ...]]) -> None:

@@ -19,7 +19,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError
 from vit_jax.models.checks import check_choices, check_positive, check_rates, check_tiles
 from vit_jax.models.devices import split_by_example
 from vit_jax.models.layers import (
@@ -33,6 +32,7 @@ from vit_jax.models.layers import (
     remat_policy,
 )
 from vit_jax.models.model import EditPatches, Model, Out, Params
+from vit_jax.system.errors import UserError
 
 CHOICES = {
     "gelu": tuple(GELU),

@@ -9,7 +9,6 @@ A field of `config.model` that is set beside the name replaces what the name say
 import dataclasses
 from typing import Any
 
-from vit_jax.errors import UserError
 from vit_jax.models import mixer, resnet, vit
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.model import Model
@@ -25,6 +24,7 @@ from vit_jax.models.variants import (
     decode_variant,
 )
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 ModelConfig = ViTConfig | ResNetConfig | MixerConfig
 _DATA = ("image_size", "channels", "num_classes")  # which the data decide, not `config.model`

@@ -28,11 +28,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from vit_jax.errors import UserError
 from vit_jax.models.checks import check_choices, check_positive
 from vit_jax.models.devices import split_by_example
 from vit_jax.models.layers import Dense, remat_policy
 from vit_jax.models.model import EditPatches, Model, Out, Params
+from vit_jax.system.errors import UserError
 
 
 def reduction(block_sizes: Sequence[int]) -> int:

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple, TypeVar
 
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 
 class Variant(NamedTuple):

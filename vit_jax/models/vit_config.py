@@ -2,11 +2,11 @@
 
 import dataclasses
 
-from vit_jax.errors import UserError
 from vit_jax.models.attention import ATTENTION_KERNELS
 from vit_jax.models.checks import check_choices, check_positive, check_rates, check_tiles
 from vit_jax.models.layers import GELU, REMAT_POLICIES
 from vit_jax.models.resnet import reduction
+from vit_jax.system.errors import UserError
 
 CHOICES = {
     "pool": ("cls", "gap", "cls_gap", "map"),

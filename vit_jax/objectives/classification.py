@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.errors import UserError
 from vit_jax.models.model import Model, Params
+from vit_jax.system.errors import UserError
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]

@@ -21,11 +21,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.errors import UserError
 from vit_jax.models.kernels import matmul
 from vit_jax.models.layers import patchify
 from vit_jax.models.model import Model, Params
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]

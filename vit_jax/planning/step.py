@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vit_jax import experiment
-from vit_jax.errors import UserError
+from vit_jax.checkpoints.directory import abstract
+from vit_jax.distributed import sharding
 from vit_jax.models import registry
 from vit_jax.models.flops import train_flops
 from vit_jax.models.model import count_parameters
@@ -18,8 +18,8 @@ from vit_jax.planning import products, roofline
 from vit_jax.planning.program import Collective, Mover, Program
 from vit_jax.planning.roofline import Roofline
 from vit_jax.planning.target import Target
-from vit_jax.training import sharding
-from vit_jax.training.checkpoint import abstract
+from vit_jax.system.errors import UserError
+from vit_jax.training import experiment
 
 MOVERS = 10  # how many of the largest movers of bytes a plan keeps
 

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from vit_jax.errors import UserError
 from vit_jax.planning.chips import CHIPS, Chip, edges
+from vit_jax.system.errors import UserError
 
 # libtpu looks for the machine that it runs on. Told these, it asks nobody, writes no log and
 # leaves the lock to whoever really has a TPU.

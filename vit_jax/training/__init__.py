@@ -1,1 +1,1 @@
-"""How it is learned: optimiser, step, devices, checkpoints, logs."""
+"""How a model is trained: the run, the update, the optimiser, the log."""

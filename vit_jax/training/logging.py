@@ -10,7 +10,7 @@ import jax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from vit_jax.errors import about
+from vit_jax.system.errors import about
 from vit_jax.training import metrics_file
 from vit_jax.training.metrics_file import Record, read_metrics
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vit_jax import bounded
-from vit_jax.atomic import replacing
+from vit_jax.system import bounded
+from vit_jax.system.atomic import replacing
 
 _MOST = 16 << 30  # bytes: fifty million lines. What declares more is no file of ours
 

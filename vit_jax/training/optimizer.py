@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.errors import UserError
+from vit_jax.system.errors import UserError
 
 Schedule = Callable[[Any], jax.Array]
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")

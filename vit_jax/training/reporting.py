@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from vit_jax.errors import UserError
 from vit_jax.models.kernels import contract
+from vit_jax.system.errors import UserError
 from vit_jax.training.logging import MetricWriter
 
 Metrics = dict[str, Any]

@@ -1,0 +1,1 @@
+"""Our own checkpoints: written, verified, chosen among, and opened as a trained model."""

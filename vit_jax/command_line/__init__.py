@@ -1,0 +1,1 @@
+"""What the commands share: how they start and end, and the flags that several of them have."""

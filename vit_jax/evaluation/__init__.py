@@ -1,0 +1,1 @@
+"""How good a model is: exact averages, and probes of its representation."""

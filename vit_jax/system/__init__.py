@@ -1,0 +1,1 @@
+"""What knows nothing of networks: files that are whole or not there, locks, caches, errors."""
