@@ -267,7 +267,8 @@ def test_two_processes_with_one_number_are_told_and_so_is_who_waits(tmp_path):
 def test_one_that_is_stopped_ends_the_others(tmp_path):
     """As a process does that is frozen, or has no network: the connection stays, silent."""
     code = (
-        "import sys; from vit_jax import train; from vit_jax.command_line import cli; from vit_jax.distributed import processes\n"
+        "import sys; from vit_jax import train; from vit_jax.command_line import cli\n"
+        "from vit_jax.distributed import processes\n"
         "processes._SILENCE, processes._BEAT = 6.0, 1.0\n"
         "cli.run(train.main, train.define_all_flags)"
     )

@@ -1,4 +1,4 @@
-"""What a model learns from: `source[i] -> decode -> transform (host, uint8) -> batch -> device`.
+"""Examples: `source[i] -> decode -> transform (host, uint8) -> batch -> device`.
 
 `sources` finds examples, `transforms` turns one into pixels, `pipeline` batches them, and
 `mixing` blends batches on the device.
