@@ -23,9 +23,9 @@ from benchmarks import (
 )
 from benchmarks.task import CLASSES, Task
 from vit_jax import config as configuration
+from vit_jax.models import registry
 from vit_jax.models.model import count_parameters
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
 
 ROOT = Path(__file__).parents[1]
 TINY = Task((8, 8), 4, 2, 16, 32, 2, 4, "float32", True, "cpu")
@@ -67,7 +67,7 @@ def test_flax_layers_are_our_network():
 def test_ours_is_what_training_chooses():
     config = configuration.get_config()
     config.model.variant = "S/16"
-    model = experiment.with_computation_chosen(config).model
+    model = registry.with_computation_chosen(config).model
     chosen = {"scan": model.scan, "remat": model.remat}
     assert peers.CONTESTANTS[peers.OURS].training == chosen
 

@@ -7,7 +7,7 @@ import pytest
 
 from vit_jax.data.decode import BadImage, decode
 from vit_jax.data.sources import folder, label_files
-from vit_jax.embed import one_line
+from vit_jax.evaluation.embeddings import one_line
 from vit_jax.interop import weight_files
 from vit_jax.system import bounded
 from vit_jax.system.errors import UserError

@@ -9,12 +9,11 @@ from ml_collections import ConfigDict
 
 from tests.interop import tiny_models
 from vit_jax import config as configuration
-from vit_jax import sweep
-from vit_jax import train as trainer
 from vit_jax.interop import timm
+from vit_jax.models import registry
 from vit_jax.models.variants import decode_variant
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
+from vit_jax.training import grid, run, trainer
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 ARGUMENTS = {
@@ -118,8 +117,8 @@ def test_each_configuration_trains(name, argument, changes, read, tmp_path, monk
     assert result["eval/count"] == 32
     if config.sweep.lr:
         config.sweep.update({"train_split": "all", "test_split": "other"})  # synthetic has any
-        sweep.check_splits(config)
-        assert len(sweep.settings(config)) in (3, 6)
+        grid.check_splits(config)
+        assert len(grid.settings(config)) in (3, 6)
 
 
 def record_reads(config, read, monkeypatch):
@@ -158,7 +157,7 @@ def test_networks_without_a_configuration_file_have_fields_too(variant, read, mo
     config = configuration.get_config()
     config.model.variant = variant
     record_reads(config, read, monkeypatch)
-    experiment.build_model(config, 7)
+    registry.build_model(config, 7)
 
 
 def test_every_field_is_read_by_something(read):
@@ -173,7 +172,7 @@ def test_a_field_that_nothing_reads_is_found(tmp_path, monkeypatch):
         config.model.nobody = 3
     read = set()
     record_reads(config, read, monkeypatch)
-    trainer.build(config)
+    run.build(config)
     assert "model.nobody" not in read
     assert "model.depth" in read
 
@@ -298,8 +297,8 @@ def test_the_weights_and_sizes_of_finetune(argument, weights, size, dropout):
 def test_the_grid_of_augreg(data, rates, lengths):
     config = load("augreg", f"r26s32,{data}")
     assert config.init_from == "augreg:R26_S_32"
-    grid = {(setting.lr, setting.steps) for setting in sweep.settings(config)}
-    assert grid == {(rate, length) for rate in rates for length in lengths}
+    found = {(setting.lr, setting.steps) for setting in grid.settings(config)}
+    assert found == {(rate, length) for rate in rates for length in lengths}
     assert total(config) == lengths[0]
     assert (config.model.dropout, config.batch_size) == (0.0, 512)
     assert config.image_size == (384, 384)

@@ -11,11 +11,11 @@ from PIL import Image
 from tests.test_doors import assert_one_sentence, run
 from tests.tiny_config import tiny
 from vit_jax import convert
-from vit_jax import train as trainer
 from vit_jax.checkpoints import trained
 from vit_jax.distributed import sharding
 from vit_jax.interop.resize_positions import resize_embedding
 from vit_jax.system.errors import UserError
+from vit_jax.training import trainer
 
 MESH = sharding.make_mesh()
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.campaign import runs
 from tests.tiny_config import tiny
-from vit_jax import train as trainer
+from vit_jax.training import trainer
 from vit_jax.training.logging import read_metrics
 
 ROOT = Path(__file__).parent.parent

@@ -9,12 +9,14 @@ from PIL import Image
 
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import evaluate, train
 from vit_jax.checkpoints import trained
 from vit_jax.data.sources.in_memory import ArraySource
 from vit_jax.distributed import sharding
+from vit_jax.evaluation import inference
+from vit_jax.evaluation.accuracy import evaluate_trained, head_fits
+from vit_jax.models import registry
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
+from vit_jax.training import program, run, trainer
 
 NAMES = ("dog", "emu", "cat")  # of the model's outputs, which are no alphabet
 
@@ -33,7 +35,7 @@ def model_of_shades(family):
     """A network whose head is solved on the features, so that its names are right."""
     config = tiny()
     config.model.dropout = config.model.stochastic_depth = 0.0
-    model = experiment.build_model(config, 3)
+    model = registry.build_model(config, 3)
     params = jax.jit(model.init)(jax.random.key(0))
     source = shades(NAMES)
     images = source.images[..., None] / np.float32(127.5) - 1
@@ -51,8 +53,8 @@ def model(request):
 
 
 def accuracy(model, source, **given):
-    fits = evaluate.head_fits(model, source.class_names, "shades", False, **given)
-    return evaluate.evaluate_trained(model, source, 8, sharding.make_mesh(), fits)
+    fits = head_fits(model, source.class_names, "shades", False, **given)
+    return evaluate_trained(model, source, 8, sharding.make_mesh(), fits)
 
 
 @pytest.mark.parametrize(
@@ -105,20 +107,20 @@ def config_of(root, steps):
 def test_classes_in_another_order_are_numbered_as_the_run_began(tmp_path):
     write_folders(tmp_path, NAMES)
     config = config_of(tmp_path, 4)
-    first = train.build(config)
+    first = run.build(config)
     assert first.card["class_names"] == list(NAMES)
     (tmp_path / "classes.txt").write_text("cat\ndog\nemu\n")
-    again = train.build(config, NAMES)
+    again = run.build(config, NAMES)
     assert again.card == first.card  # fingerprints of the data, too
     np.testing.assert_array_equal(again.source.labels, first.source.labels)
-    assert train.build(config).card["class_names"] == ["cat", "dog", "emu"]
+    assert run.build(config).card["class_names"] == ["cat", "dog", "emu"]
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_when_its_classes_are_listed_in_another_order(tmp_path):
     write_folders(tmp_path / "data", NAMES)
     config = config_of(tmp_path / "data", 4)
-    whole = train.train(config, tmp_path / "whole")
+    whole = trainer.train(config, tmp_path / "whole")
 
     class Stop:
         requested = False
@@ -127,9 +129,9 @@ def test_a_run_goes_on_when_its_classes_are_listed_in_another_order(tmp_path):
             self.requested |= step == 2
             return self.requested
 
-    train.train(config, tmp_path / "run", stop=Stop())
+    trainer.train(config, tmp_path / "run", stop=Stop())
     (tmp_path / "data" / "classes.txt").write_text("cat\ndog\nemu\n")
-    assert train.train(config, tmp_path / "run") == whole
+    assert trainer.train(config, tmp_path / "run") == whole
     model = trained.load(tmp_path / "run", "last", sharding.make_mesh())
     assert model.class_names == NAMES
     again = trained.load(tmp_path / "whole", "last", sharding.make_mesh())
@@ -140,7 +142,7 @@ def test_a_run_goes_on_when_its_classes_are_listed_in_another_order(tmp_path):
     labels.write_text(labels.read_text().replace(",emu,", ",elk,"))
     (tmp_path / "data" / "classes.txt").write_text("dog\nelk\ncat\n")
     with pytest.raises(UserError, match="different: elk, emu"):
-        train.train(config, tmp_path / "run")
+        trainer.train(config, tmp_path / "run")
 
 
 # ---- found before the first step -----------------------------------------------------------
@@ -152,7 +154,7 @@ def test_zero_steps_say_why(tmp_path):
     with pytest.raises(
         UserError, match=r"total_epochs=1 of the 1,437 images .* batch_size to at most 1,437"
     ):
-        train.build(config)
+        run.build(config)
 
 
 def test_an_empty_split_is_found_before_training(tmp_path):
@@ -162,17 +164,17 @@ def test_an_empty_split_is_found_before_training(tmp_path):
     config = tiny()
     config.data.source = f"folder:{tmp_path}"
     with pytest.raises(UserError, match=f"split 'test' of folder:{tmp_path} holds no images"):
-        train.build(config)
+        run.build(config)
 
 
 def test_a_batch_larger_than_the_data_set_is_told_of(capsys):
     config = tiny(batch_size=4096)
-    train.build(config)
+    run.build(config)
     said = capsys.readouterr().err
     assert "note: batch_size is 4,096 and 'train' has 1,437 images: every batch" in said
     config = tiny()
     config.data.eval_split = "test[:1]"
-    train.build(config)
+    run.build(config)
     assert "note: 'test[:1]' has 1 image to evaluate on" in capsys.readouterr().err
 
 
@@ -180,10 +182,10 @@ def test_what_cannot_be_decoded_or_cut_is_found_before_the_model_is_built(monkey
     def build(**fields):
         config = tiny()
         config.data.update(fields)
-        train.build(config)
+        run.build(config)
 
     monkeypatch.setattr(
-        experiment, "build_learning", lambda *_: pytest.fail("the model is built already")
+        program, "build_learning", lambda *_: pytest.fail("the model is built already")
     )
     with pytest.raises(UserError, match="flip is random and cannot be part of an evaluation"):
         build(eval_transform="flip")
@@ -196,6 +198,6 @@ def test_what_cannot_be_decoded_or_cut_is_found_before_the_model_is_built(monkey
 
 def test_a_head_that_knows_nothing_is_told_of():
     model = model_of_shades("google")
-    assert evaluate.inference.head_note(model) == ""
+    assert inference.head_note(model) == ""
     model.params["head"] = jax.tree.map(np.zeros_like, model.params["head"])
-    assert "the model's head is all zeros" in evaluate.inference.head_note(model)
+    assert "the model's head is all zeros" in inference.head_note(model)

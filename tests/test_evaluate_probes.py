@@ -13,14 +13,13 @@ import pytest
 from PIL import Image
 
 from tests.tiny_config import tiny
-from vit_jax import evaluate
 from vit_jax.checkpoints import trained
 from vit_jax.data.sources import catalog
 from vit_jax.data.sources.in_memory import ArraySource
 from vit_jax.distributed import sharding
-from vit_jax.evaluation import probes
+from vit_jax.evaluation import accuracy, features, few_shot, knn, probes
+from vit_jax.models import registry
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,7 +33,7 @@ def run(*arguments):
 def untrained(num_classes):
     """A model that nothing has trained, of digits or without a head."""
     config = tiny()
-    model = experiment.build_model(config, num_classes)
+    model = registry.build_model(config, num_classes)
     params = jax.jit(model.init)(jax.random.key(0))
     names = tuple(map(str, range(num_classes)))
     return trained.Trained(config, names, model, params, step=0)
@@ -42,11 +41,11 @@ def untrained(num_classes):
 
 def asked(**fields):
     none = {"shots": (), "seeds": (0, 1, 2), "l2": 1024.0, "neighbours": (), "linear": False}
-    return evaluate.Probes(**{**none, **fields})
+    return probes.Probes(**{**none, **fields})
 
 
 def probe(model, train, test, **fields):
-    return evaluate.run_probes(model, train, test, asked(**fields), 64, sharding.make_mesh())
+    return probes.run_probes(model, train, test, asked(**fields), 64, sharding.make_mesh())
 
 
 def digits(split, model):
@@ -55,7 +54,7 @@ def digits(split, model):
     images = np.stack([source[i]["image"] for i in range(len(source))])[..., None]
     _, out = jax.jit(model.model.apply)(model.params, images / np.float32(127.5) - 1)
     labels = np.array([source[i]["label"] for i in range(len(source))])
-    return probes.Features(np.asarray(out["pre_logits"]), labels)
+    return features.Features(np.asarray(out["pre_logits"]), labels)
 
 
 # --- The door -----------------------------------------------------------------------------
@@ -75,9 +74,9 @@ def test_probes_are_printed_and_saved_beside_the_accuracy(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     train, test = digits("train", model), digits("test", model)
-    subsets = probes.choose_subsets(train.labels, 10, (5, 1), (0, 7))
-    few = probes.few_shot_accuracy(train.take(subsets.indices), test, subsets, 10)
-    nearest = probes.knn_accuracy(train, test, 10, (20,))[20]
+    subsets = few_shot.choose_subsets(train.labels, 10, (5, 1), (0, 7))
+    few = few_shot.few_shot_accuracy(train.take(subsets.indices), test, subsets, 10)
+    nearest = knn.knn_accuracy(train, test, 10, (20,))[20]
     lines = result.stdout.splitlines()
     assert lines[0].endswith("(digits test, step 0)")
     assert "fitted to train, measured on the 360 of test" in lines[1]
@@ -135,22 +134,22 @@ def test_numbers_that_cannot_be_used():
 
 def test_the_head_is_evaluated_only_on_its_own_classes(capsys):
     model, names = untrained(3), ("0", "1", "2")
-    assert evaluate.head_fits(model, names, "digits", probing=False)
-    assert not evaluate.head_fits(model, ("a", "b", "c"), "letters", probing=True)
+    assert accuracy.head_fits(model, names, "digits", probing=False)
+    assert not accuracy.head_fits(model, ("a", "b", "c"), "letters", probing=True)
     assert "letters has the classes [a, b, c] (3)" in capsys.readouterr().err
     with pytest.raises(UserError, match="evaluate on data with the same classes"):
-        evaluate.head_fits(model, ("a", "b", "c"), "letters", probing=False)
+        accuracy.head_fits(model, ("a", "b", "c"), "letters", probing=False)
     with pytest.raises(UserError, match="the model has no head: probe its representation"):
-        evaluate.head_fits(model._replace(class_names=()), names, "digits", probing=False)
+        accuracy.head_fits(model._replace(class_names=()), names, "digits", probing=False)
     published = model._replace(family="google")
-    assert evaluate.head_fits(published, ("a", "b", "c"), "letters", probing=False)
+    assert accuracy.head_fits(published, ("a", "b", "c"), "letters", probing=False)
     assert "their order is taken to be the same" in capsys.readouterr().out
 
 
 def test_few_shot_reads_only_the_images_it_draws():
     images = np.random.default_rng(0).integers(0, 255, (40, 8, 8), np.uint8)
     labels = np.arange(40) % 4
-    drawn = probes.choose_subsets(labels, 4, (2,), (0, 1)).indices
+    drawn = few_shot.choose_subsets(labels, 4, (2,), (0, 1)).indices
     assert 8 <= len(drawn) <= 16
 
     class Images:

@@ -9,8 +9,8 @@ from vit_jax import config as configuration
 from vit_jax.checkpoints import trained
 from vit_jax.distributed import sharding
 from vit_jax.evaluation import inference
+from vit_jax.models import registry
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
 
 ONE, ALL = sharding.make_mesh(devices=jax.devices()[:1]), sharding.make_mesh()
 
@@ -59,7 +59,7 @@ def small_hybrid(dtype):
     config.image_size = (32, 32)
     config.model.update({"variant": "R50+B/16", "resnet": (), "depth": 1, "width": 32})
     config.model.update({"num_heads": 2, "mlp_dim": 64, "scan": False, "dtype": dtype})
-    model = experiment.build_model(config, 3)
+    model = registry.build_model(config, 3)
     params = jax.jit(model.init)(jax.random.key(0))
     params["head"]["kernel"] = jax.random.normal(jax.random.key(1), (32, 3))
     return trained.Trained(config, ("a", "b", "c"), model, params, 0)

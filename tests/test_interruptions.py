@@ -19,7 +19,7 @@ from vit_jax import cli, train
 from vit_jax.checkpoints import digests
 write = digests.write
 digests.write = lambda *given: (time.sleep(2), write(*given))
-cli.run(train.main, train.define_all_flags)
+cli.run(train.main, train.define_flags)
 """
 
 

@@ -11,10 +11,9 @@ import time
 import pytest
 
 from tests.tiny_config import tiny
-from vit_jax import sweep
-from vit_jax import train as trainer
 from vit_jax.system import lock
 from vit_jax.system.errors import UserError
+from vit_jax.training import grid, trainer
 
 
 def test_a_second_run_is_told_who_is_there_and_touches_nothing(tmp_path):
@@ -25,7 +24,7 @@ def test_a_second_run_is_told_who_is_there_and_touches_nothing(tmp_path):
         config = tiny()
         config.sweep.lr = (1e-3,)
         with pytest.raises(UserError, match="another run is in"):
-            sweep.sweep(config, tmp_path)
+            grid.sweep(config, tmp_path)
         with lock.alone_in(tmp_path, first=False):  # another process of the same run
             pass
         assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]

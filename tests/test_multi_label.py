@@ -8,13 +8,13 @@ from sklearn.metrics import average_precision_score
 
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import evaluate, predict, sweep, train
 from vit_jax.checkpoints import trained
+from vit_jax.data import on_device
 from vit_jax.data.sources import catalog
 from vit_jax.distributed import sharding
-from vit_jax.evaluation import ranking
+from vit_jax.evaluation import accuracy, predictions, ranking
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
+from vit_jax.training import grid, trainer
 
 NAMES = ("dark", "left", "top")
 
@@ -56,7 +56,7 @@ def config_of(data, **fields):
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run")
-    metrics = train.train(config_of(data), workdir)
+    metrics = trainer.train(config_of(data), workdir)
     return workdir, metrics
 
 
@@ -90,10 +90,10 @@ def test_evaluate_tells_every_class(data, run):
     model = trained.load(run[0], "last", sharding.make_mesh())
     source = catalog.load(f"folder:{data}", "val", multi_label="auto")
     kept = []
-    fits = evaluate.head_fits(model, source.class_names, "x", False)
-    found = evaluate.evaluate_trained(model, source, 8, sharding.make_mesh(), fits, kept.append)
+    fits = accuracy.head_fits(model, source.class_names, "x", False)
+    found = accuracy.evaluate_trained(model, source, 8, sharding.make_mesh(), fits, kept.append)
     assert found["mAP"] == pytest.approx(run[1]["eval/mAP"])
-    told = evaluate.describe_ranking(kept, NAMES, 0.3)
+    told = accuracy.describe_ranking(kept, NAMES, 0.3)
     logits, there = logits_of(model, source), source.labels
     for k, name in enumerate(NAMES):
         expected = average_precision_score(there[:, k], logits[:, k])
@@ -102,15 +102,15 @@ def test_evaluate_tells_every_class(data, run):
     said = 1 / (1 + np.exp(-logits)) >= 0.3
     assert told["precision"] == pytest.approx((said & there).sum() / said.sum())
     assert told["recall"] == pytest.approx((said & there).sum() / there.sum())
-    table = evaluate.ranking_table(told, found["exact_match"]).splitlines()
+    table = accuracy.ranking_table(told, found["exact_match"]).splitlines()
     assert table[0].split() == ["class", "AP", "images"]
     assert table[1].split()[0] == "dark"
     assert table[-1].startswith("at threshold 0.3: precision ")
     # A part of the classes, in another order.
     hot = source.labels[:, [2, 0]]
     part = catalog.dataclasses.replace(source, labels=hot, class_names=("top", "dark"))
-    fits = evaluate.head_fits(model, part.class_names, "x", False)
-    found = evaluate.evaluate_trained(model, part, 8, sharding.make_mesh(), fits)
+    fits = accuracy.head_fits(model, part.class_names, "x", False)
+    found = accuracy.evaluate_trained(model, part, 8, sharding.make_mesh(), fits)
     expected = average_precision_score(hot, logits[:, [2, 0]], average="macro")
     assert found["mAP"] == pytest.approx(expected, abs=1e-9)
 
@@ -120,7 +120,9 @@ def test_predict_shows_all_labels_from_a_threshold_on(data, run):
     source = catalog.load(f"folder:{data}", "val[:8]", multi_label="auto")
     paths = [source[i]["image"] for i in range(8)]
     probabilities = 1 / (1 + np.exp(-logits_of(model, source)))
-    found = list(predict.predict(model, paths, 5, None, sharding.make_mesh(), threshold=0.5))
+    found = list(
+        predictions.predict(model, paths, 5, None, sharding.make_mesh(), threshold=0.5)
+    )
     counts = set()
     for result, row in zip(found, probabilities, strict=True):
         expected = [k for k in np.argsort(-row) if row[k] >= 0.5]
@@ -136,7 +138,7 @@ def test_what_does_not_go_with_several_labels_is_refused(data):
         for path, value in fields.items():
             node, name = path.split("__")
             config[node][name] = value
-        train.build(config)
+        build(config)
 
     with pytest.raises(
         UserError, match=r"objective\.loss is 'softmax': set objective\.loss=sig"
@@ -151,7 +153,7 @@ def test_what_does_not_go_with_several_labels_is_refused(data):
 def test_mixing_mixes_the_targets(data):
     config = config_of(data)
     config.data.mixup = 1.0
-    prepare = experiment.prepare_for_training(config, 3)
+    prepare = on_device.prepare_for_training(config, 3)
     targets = np.array([[1, 1, 0], [0, 0, 0], [0, 1, 1], [1, 0, 0]], np.float32)
     batch = {"image": np.zeros((4, 8, 8, 1), np.uint8), "targets": targets}
     mixed = np.asarray(prepare(batch, jax.random.key(0))["targets"])
@@ -168,13 +170,13 @@ def test_a_sweep_compares_mean_average_precision():
         "b": {"metrics": {"eval/mAP": 0.7, "eval/loss": 2.0}},
         "c": {"failed": "no number"},
     }
-    assert sweep.choose(runs) == "b"
-    assert sweep.table(runs, "b").splitlines()[0].split() == ["run", "mAP", "loss"]
+    assert grid.choose(runs) == "b"
+    assert grid.table(runs, "b").splitlines()[0].split() == ["run", "mAP", "loss"]
 
 
 def test_rankings_are_only_kept_for_several_labels():
-    assert evaluate.describe_ranking([], NAMES, 0.5) == {}
+    assert accuracy.describe_ranking([], NAMES, 0.5) == {}
     nothing = ranking.Ranking(np.ones((2, 1), np.float32), np.zeros((2, 1), bool))
-    told = evaluate.describe_ranking([nothing], ("x",), 0.5)
+    told = accuracy.describe_ranking([nothing], ("x",), 0.5)
     assert told["average_precision"] == {"x": None}
-    assert "x      -       0" in evaluate.ranking_table(told, 0.0)
+    assert "x      -       0" in accuracy.ranking_table(told, 0.0)

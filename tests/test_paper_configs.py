@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 
 from vit_jax import config as configuration
-from vit_jax import sweep
-from vit_jax import train as trainer
+from vit_jax.data import reading
+from vit_jax.models import registry
+from vit_jax.objectives.registry import build_objective
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
+from vit_jax.training import durations, grid, optimizer, trainer
 
 ROOT = Path(__file__).parent.parent
 PAPER = ROOT / "configs/paper"
@@ -28,7 +29,7 @@ def get(name, argument):
 
 def counts(config, classes=1000):
     """Number of parameters, without computing any."""
-    params = jax.eval_shape(experiment.build_model(config, classes).init, jax.random.key(0))
+    params = jax.eval_shape(registry.build_model(config, classes).init, jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
@@ -51,10 +52,10 @@ def counts(config, classes=1000):
 def test_each_full_size_experiment_is_one_that_can_be_built(name, arguments, data):
     for argument in arguments:
         config = get(name, f"{argument},{data}")
-        objective = experiment.build_objective(config, 1000)
-        experiment.build_schedule(config, 1_281_167)
-        trainer.make_plan(config, 1_281_167)
-        experiment.train_pipeline(config)
+        objective = build_objective(config, 1000)
+        optimizer.build_schedule(config, 1_281_167)
+        durations.make_plan(config, 1_281_167)
+        reading.train_pipeline(config)
         assert config.batch_size == 4096
         assert objective.model.config.image_size == (224, 224)
 
@@ -116,7 +117,7 @@ def test_figure_4_takes_a_part_and_trains_as_long_as_on_all():
     whole, part = get("figure4", "B/32,100%"), get("figure4", "B/32,25%")
     assert whole.data.train_split == "full[51200:]"
     assert part.data.train_split == "full[51200:25%]"
-    lengths = [trainer.make_plan(whole, 14_000_000), trainer.make_plan(part, 3_500_000)]
+    lengths = [durations.make_plan(whole, 14_000_000), durations.make_plan(part, 3_500_000)]
     assert lengths[0] == lengths[1]
     assert get("figure4", "B/32,25%,i1k").data.train_split == "train[:25%]"
     assert part.model.dropout == 0.0
@@ -137,7 +138,7 @@ def test_masked_patches_follow_appendix_b():
     assert (config.optimizer.lr, config.optimizer.schedule) == (2e-4, "cosine")
     assert (config.batch_size, config.objective.mask_ratio) == (4096, 0.5)
     assert config.optimizer.warmup_steps == 10_000
-    assert experiment.build_objective(config, 1000).outputs == 512
+    assert build_objective(config, 1000).outputs == 512
 
 
 # --- Arguments ----------------------------------------------------------------------------
@@ -257,7 +258,7 @@ def test_the_commands_of_the_page_are_configurations_that_exist(readme):
         assert configuration.to_dict(get(name, argument))
     for argument in re.findall(r"--config=configs/finetune\.py:(\S+)", readme):
         module = importlib.import_module("configs.finetune")
-        assert sweep.settings(module.get_config(argument))
+        assert grid.settings(module.get_config(argument))
 
 
 def test_the_numbers_of_the_page_are_those_measured(readme, results, runner):

@@ -18,11 +18,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import plan
 from vit_jax.distributed import sharding
 from vit_jax.models import registry, tpu_attention
 from vit_jax.models.flops import train_flops
-from vit_jax.planning import page, roofline
+from vit_jax.planning import data_sets, page, roofline
 from vit_jax.planning.chips import CHIPS, interconnect
 from vit_jax.planning.products import product_flops
 from vit_jax.planning.program import Array, Collective, Mover, Program, arrays, sent
@@ -30,8 +29,8 @@ from vit_jax.planning.search import best, largest, search
 from vit_jax.planning.step import Memory, Plan, gib, make_plan, refused, undivided
 from vit_jax.planning.target import Target, topology
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
 from vit_jax.training.optimizer import make_optimizer
+from vit_jax.training.program import build_learning
 
 ROOT = Path(__file__).parent.parent
 TINY = "tests/tiny_config.py"
@@ -270,7 +269,7 @@ def test_a_program_that_cannot_be_printed_still_has_a_plan(monkeypatch):
 
     compiled = jax.stages.Lowered.compile
     monkeypatch.setattr(jax.stages.Lowered, "compile", lambda self: Unprintable(compiled(self)))
-    found = make_plan(experiment.with_computation_chosen(tiny()), HERE, 10, 1437, 16)
+    found = make_plan(registry.with_computation_chosen(tiny()), HERE, 10, 1437, 16)
     assert found.traffic is None
     assert found.memory.needed > 0
     assert found.fits
@@ -335,8 +334,8 @@ def test_the_count_in_the_program_is_that_of_the_shape(variant, smaller):
     config = configuration.get_config()
     configuration.set_duration(config, "total", epochs=300)
     config.model.update({"variant": variant, "remat": "none", **smaller})
-    config = experiment.with_computation_chosen(config)
-    learning = experiment.build_learning(config, sharding.make_mesh(), 1000, 1_281_167)
+    config = registry.with_computation_chosen(config)
+    learning = build_learning(config, sharding.make_mesh(), 1000, 1_281_167)
     batch = {
         "image": jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.uint8),
         "label": jax.ShapeDtypeStruct((8,), jnp.int32),
@@ -471,12 +470,12 @@ def test_verdicts():
 
 
 def test_data_that_is_not_opened():
-    assert plan.data_of("tfds:imagenet21k", None, None) == (21_843, 14_197_122, None)
-    assert plan.data_of("tfds:imagenet21k", 5, None) == (5, 14_197_122, None)
-    classes, examples, note = plan.data_of("folder:~/pets", 37, None)
+    assert data_sets.data_of("tfds:imagenet21k", None, None) == (21_843, 14_197_122, None)
+    assert data_sets.data_of("tfds:imagenet21k", 5, None) == (5, 14_197_122, None)
+    classes, examples, note = data_sets.data_of("folder:~/pets", 37, None)
     assert (classes, examples) == (37, 1_281_167)
     assert "folder:~/pets is not opened; taken to have 37 classes and 1,281,167" in note
-    assert plan.data_of("folder:~/pets", 37, 100) == (37, 100, None)
+    assert data_sets.data_of("folder:~/pets", 37, 100) == (37, 100, None)
 
 
 def test_without_libtpu_the_remedy_is_named(monkeypatch):
@@ -494,7 +493,7 @@ def chosen():
     config.data.mixup = 0.0  # whose random numbers take loops of unknown length
     config.model.dropout = config.model.stochastic_depth = 0.0  # quicker to compile
     config.mesh.data, config.mesh.fsdp = 2, 2
-    return experiment.with_computation_chosen(config)
+    return registry.with_computation_chosen(config)
 
 
 def test_a_plan_of_the_real_step_on_four_devices():
@@ -503,7 +502,7 @@ def test_a_plan_of_the_real_step_on_four_devices():
     assert found.notes == ()
     assert (found.batch_size, found.per_device_batch, found.devices) == (32, 8, 4)
     mesh = sharding.make_mesh(config.mesh, FOUR)
-    learning = experiment.build_learning(config, mesh, 10, 1437)
+    learning = build_learning(config, mesh, 10, 1437)
     state = learning.abstract_state
     assert found.parameters == sum(x.size for x in jax.tree.leaves(state.params))
     images, labels = 8 * 8 * 8, 8 * 4
@@ -527,7 +526,7 @@ def test_a_mesh_that_does_not_divide_the_network_is_told():
     config.model.width, config.model.mlp_dim = 42, 81
     config.mesh.data, config.mesh.fsdp = 1, 4
     mesh = sharding.make_mesh(config.mesh, FOUR)
-    state = experiment.build_learning(config, mesh, 10, 1437).abstract_state
+    state = build_learning(config, mesh, 10, 1437).abstract_state
     [note] = undivided(state, mesh)
     assert "config.mesh.fsdp=4 or config.mesh.tensor=1 does not divide" in note
     assert f"takes {gib(sharding.bytes_per_device(state, mesh))} on a device" in note

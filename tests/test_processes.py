@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from tests.test_train import TINY, assert_same_run, final_state, metrics
+from vit_jax.command_line import process_flags
 from vit_jax.distributed import processes
 from vit_jax.system.errors import UserError
 
@@ -270,7 +271,7 @@ def test_one_that_is_stopped_ends_the_others(tmp_path):
         "import sys; from vit_jax import train; from vit_jax.command_line import cli\n"
         "from vit_jax.distributed import processes\n"
         "processes._SILENCE, processes._BEAT = 6.0, 1.0\n"
-        "cli.run(train.main, train.define_all_flags)"
+        "cli.run(train.main, train.define_flags)"
     )
     started = start(tmp_path, 2, "--config.total_steps=100000", code=code)
     wait_for_step(tmp_path, 2, started)
@@ -290,7 +291,7 @@ def test_one_that_is_stopped_ends_the_others(tmp_path):
 def test_flags_that_make_no_sense(tmp_path):
     from absl import flags
 
-    processes.define_flags()
+    process_flags.define_flags()
     try:
         cases = {
             ("--coordinator=localhost:1",): "2 of them are missing",
@@ -300,7 +301,7 @@ def test_flags_that_make_no_sense(tmp_path):
         for arguments, message in cases.items():
             flags.FLAGS(["test", *arguments])
             with pytest.raises(UserError, match=message):
-                processes.place_from_flags()
+                process_flags.place_from_flags()
             flags.FLAGS.unparse_flags()
             for name in ("coordinator", "num_processes", "process_id"):
                 flags.FLAGS[name].unparse()
@@ -343,10 +344,10 @@ def test_two_processes_are_one_run_under_the_launcher_of_open_mpi(tmp_path):
     environment = dict(os.environ, XLA_FLAGS="", OMPI_COMM_WORLD_SIZE="2")
     environment["OMPI_MCA_orte_hnp_uri"] = "1531576320.0;tcp://127.0.0.1:40000"
     code = (
-        "import sys; from absl import flags; from vit_jax.distributed import processes\n"
-        "processes.define_flags(); flags.FLAGS(sys.argv)\n"
+        "import sys; from absl import flags; from vit_jax.command_line import process_flags\n"
+        "process_flags.define_flags(); flags.FLAGS(sys.argv)\n"
         "import jax\n"
-        "with processes.together(): print(jax.process_index(), jax.process_count())"
+        "with process_flags.together(): print(jax.process_index(), jax.process_count())"
     )
     with contextlib.ExitStack() as stack:
         started = [

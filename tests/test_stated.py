@@ -13,16 +13,19 @@ from PIL import Image
 from tests.interop import tiny_models
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import convert, embed, evaluate, predict, sweep, visualize
-from vit_jax import train as trainer
-from vit_jax.checkpoints import trained
-from vit_jax.interop import google, stated, timm, weight_files
+from vit_jax import convert, embed, evaluate, predict, sweep, train, visualize
+from vit_jax.checkpoints import formats, trained
+from vit_jax.checkpoints.change import change_channels, resize
+from vit_jax.command_line import weight_flags
+from vit_jax.evaluation import predictions
+from vit_jax.interop import google, timm, weight_files
 from vit_jax.interop.stated import Stated
 from vit_jax.system.errors import UserError
+from vit_jax.training import begin, trainer
 
 ROOT = Path(__file__).parent.parent / "vit_jax"
 OPENERS = {  # the commands that open weights
-    "train": trainer.define_all_flags,
+    "train": train.define_flags,
     "sweep": sweep.define_flags,
     "evaluate": evaluate.define_flags,
     "predict": predict.define_flags,
@@ -49,9 +52,9 @@ def test_every_command_that_opens_weights_has_all_of_them(command, no_flags):
 
 
 def test_the_commands_that_open_weights_are_those():
-    opening = r"trained\.(define_flags|load_any)|stated\.define_flags|trainer\.define_flags"
+    opening = r"(model|weight|training)_flags\.define_flags|load_any"
     found = {path.stem for path in ROOT.glob("*.py") if re.search(opening, path.read_text())}
-    assert found - {"trained"} == OPENERS.keys()
+    assert found == OPENERS.keys()
 
 
 # --- Remedies exist -----------------------------------------------------------------------
@@ -183,7 +186,7 @@ def test_our_own_say_it_themselves(tmp_path):
         Stated(num_heads=3).check_unused("runs/x")
     Stated().check_unused("runs/x")
     with pytest.raises(UserError, match="--source_image_size=0x4 does not read as a size"):
-        stated.parse_size("source_image_size", "0x4")
+        weight_flags.parse_size("source_image_size", "0x4")
 
 
 def finetune(weights, **fields):
@@ -199,7 +202,7 @@ def finetune(weights, **fields):
 def test_training_is_told_as_well(tmp_path):
     save(tmp_path / "w", image_size=(16, 64))
     said = Stated(image_size=(16, 64), num_heads=3)
-    config, before = trainer.resolve(finetune(tmp_path / "w"), tmp_path, (), said)
+    config, before = begin.resolve(finetune(tmp_path / "w"), tmp_path, (), said)
     assert (before.model.config.grid, config.model.num_heads) == ((2, 8), 3)
     with pytest.raises(UserError, match="say it with --num_heads=N"):
         trainer.train(finetune(tmp_path / "w"), tmp_path / "run")
@@ -230,18 +233,18 @@ def test_convert_keeps_the_published_size(tmp_path, form):
     huggingface.write(tmp_path / "a", cfg, params, None, "imagenet", transform, (32, 24))
     model = trained.load_any(str(tmp_path / "a"), "last", None, as_stored=True)
     assert (model.model.config.grid, model.input_size) == ((8, 8), (32, 24))
-    assert "64x64x3, 8x8 patches of 8, prepared at 32x24" in convert.describe(model)
+    assert "64x64x3, 8x8 patches of 8, prepared at 32x24" in formats.describe(model)
     if form == "vit_jax":
-        model, changes = convert.resize(model, model.input_size, model.resize)
+        model, changes = resize(model, model.input_size, model.resize)
         assert "from 8x8 to 4x3 patches" in changes[-1]
         assert model.config.data.eval_transform == transform
-    convert.write(model, tmp_path / "b", form, "float32")
+    formats.write(model, tmp_path / "b", form, "float32")
     again = trained.load_any(str(tmp_path / "b"), "last", None)
     assert again.model.config.image_size == tuple(again.config.image_size) == (32, 24)
     assert again.config.data.eval_transform == transform
     direct = trained.load_any(str(tmp_path / "a"), "last", None)
     jax.tree.map(np.testing.assert_array_equal, again.params, direct.params)
-    larger, changes = convert.resize(
+    larger, changes = resize(
         trained.load_any(str(tmp_path / "a"), "last", None, as_stored=True), (64, 48), "corner"
     )
     assert larger.config.data.eval_transform == transform.replace("36", "72")
@@ -256,7 +259,7 @@ def test_our_safetensors_say_how_images_are_prepared(tmp_path, capsys):
     numbers = "mean=0.1,0.2,0.3 std=0.4,0.5,0.6"
     huggingface.write(tmp_path / "a", cfg, params, names, numbers, transform, (32, 24))
     model = trained.load_any(str(tmp_path / "a"), "last", None, as_stored=True)
-    convert.write(model, tmp_path / "w.safetensors", "timm", "float32")
+    formats.write(model, tmp_path / "w.safetensors", "timm", "float32")
     found = trained.load_any(str(tmp_path / "w.safetensors"), "last", None)
     expected = trained.load_any(str(tmp_path / "a"), "last", None)
     assert found.class_names == names
@@ -311,13 +314,13 @@ def test_channels_that_nobody_asked_for_are_refused_before_anything_is_built(
 def test_convert_adapts_channels(tmp_path):
     save(tmp_path / "w")
     model = trained.load_any(str(tmp_path / "w"), "last", None, Stated(num_heads=3))
-    grey, change = convert.change_channels(model, 1)
+    grey, change = change_channels(model, 1)
     assert grey.model.config.channels == 1
     assert "kernel summed" in change
     kernel = np.asarray(model.params["embedding"]["kernel"]).sum(axis=2, keepdims=True)
     np.testing.assert_allclose(grey.params["embedding"]["kernel"], kernel, rtol=1e-6)
     with pytest.raises(UserError, match="--channels=0"):
-        convert.change_channels(model, 0)
+        change_channels(model, 0)
 
 
 # --- Several classes ----------------------------------------------------------------------
@@ -336,7 +339,7 @@ def test_several_classes_have_a_threshold(tmp_path):
     assert model.multi_label
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(tmp_path / "p.png")
     for threshold, expected in ((0.5, ["a", "c"]), (0.8, ["a"]), (0.9, [])):
-        [result] = predict.predict(model, [str(tmp_path / "p.png")], 3, 8, mesh, threshold)
+        [result] = predictions.predict(model, [str(tmp_path / "p.png")], 3, 8, mesh, threshold)
         assert [name for name, _ in result.classes] == expected
         for name, probability in result.classes:
             logit = {"a": 2.0, "c": 0.5}[name]

@@ -13,17 +13,16 @@ from PIL import Image
 
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import sweep
-from vit_jax import train as trainer
 from vit_jax.distributed import sharding
 from vit_jax.system.errors import UserError
+from vit_jax.training import grid, trainer
 from vit_jax.training.logging import read_metrics
 from vit_jax.training.reporting import Diverged
 
 ROOT = Path(__file__).parent.parent
 
 
-def grid(**fields):
+def swept(**fields):
     """Two learning rates, of which the second is far better."""
     config = tiny()
     configuration.set_duration(config, "total", steps=16)
@@ -47,7 +46,7 @@ def evaluations(workdir):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("sweep")
-    return workdir, sweep.sweep(grid(), workdir)
+    return workdir, grid.sweep(swept(), workdir)
 
 
 def test_a_sweep_trains_each_value_then_the_best_on_all_data(finished):
@@ -80,7 +79,7 @@ def test_the_figure_is_a_picture(finished):
 def test_what_is_finished_is_not_trained_again(finished, monkeypatch):
     workdir, record = finished
     monkeypatch.setattr(trainer, "train", None)
-    assert sweep.sweep(grid(), workdir) == json.loads(json.dumps(record))
+    assert grid.sweep(swept(), workdir) == json.loads(json.dumps(record))
 
 
 def test_stopped_in_the_second_run_it_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
@@ -94,11 +93,11 @@ def test_stopped_in_the_second_run_it_goes_on_to_the_same_end(finished, tmp_path
         return original(batch, mesh)
 
     monkeypatch.setattr(sharding, "put_batch", put_and_interrupt)
-    assert sweep.sweep(grid(), tmp_path) is None
+    assert grid.sweep(swept(), tmp_path) is None
     monkeypatch.undo()
     assert list(json.loads((tmp_path / "sweep.json").read_text())["runs"]) == ["lr_1e-05"]
     assert read_metrics(tmp_path / "lr_0.01" / "metrics.jsonl")[-1]["step"] == 5
-    record = sweep.sweep(grid(), tmp_path)
+    record = grid.sweep(swept(), tmp_path)
     for part in ("runs", "chosen", "final"):
         assert record[part] == finished[1][part]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -144,8 +143,8 @@ def test_a_run_with_damaged_states_only_begins_anew_where_that_is_asked_for(fini
         card.write_text("{")
     intact = (workdir / "lr_1e-05" / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError, match=r"lr_0\.01 is intact.*passing --begin_anew"):
-        sweep.sweep(grid(), workdir)
-    again = sweep.sweep(grid(), workdir, begin_anew=True)
+        grid.sweep(swept(), workdir)
+    again = grid.sweep(swept(), workdir, begin_anew=True)
     assert again["runs"] == finished[1]["runs"]
     assert (workdir / "lr_1e-05" / "metrics.jsonl").read_bytes() == intact
 
@@ -178,7 +177,7 @@ def play(monkeypatch):
 def test_a_value_that_diverges_is_on_record_and_the_others_go_on(play, tmp_path, capsys):
     results, trained = play
     results |= {0.3: (None, 0), 0.01: (0.5, 1.25)}
-    record = sweep.sweep(grid(lr=(0.3, 0.01), train_split=None), tmp_path)
+    record = grid.sweep(swept(lr=(0.3, 0.01), train_split=None), tmp_path)
     assert record["runs"]["lr_0.3"]["failed"] == "the loss is nan at step 3: lower it"
     assert record["chosen"] == "lr_0.01"
     assert trained == ["lr_0.3", "lr_0.01"]
@@ -195,7 +194,7 @@ def test_a_value_that_diverges_is_on_record_and_the_others_go_on(play, tmp_path,
 def test_of_equal_accuracies_the_lower_loss_is_chosen(play, tmp_path):
     results, trained = play
     results |= {0.1: (0.5, 0.7), 0.2: (0.9, 0.4), 0.3: (0.9, 0.3), 0.4: (0.9, 0.5)}
-    record = sweep.sweep(grid(lr=(0.1, 0.2, 0.3, 0.4)), tmp_path)
+    record = grid.sweep(swept(lr=(0.1, 0.2, 0.3, 0.4)), tmp_path)
     assert record["chosen"] == "lr_0.3"
     assert trained == ["lr_0.1", "lr_0.2", "lr_0.3", "lr_0.4", "final"]
 
@@ -203,48 +202,48 @@ def test_of_equal_accuracies_the_lower_loss_is_chosen(play, tmp_path):
 def test_values_may_be_added_and_taken_out(play, tmp_path):
     results, trained = play
     results |= {0.1: (0.5, 0.7), 0.2: (0.4, 0.4), 0.3: (0.45, 1.0)}
-    sweep.sweep(grid(lr=(0.1, 0.2)), tmp_path)
-    record = sweep.sweep(grid(lr=(0.1, 0.2, 0.3)), tmp_path)
+    grid.sweep(swept(lr=(0.1, 0.2)), tmp_path)
+    record = grid.sweep(swept(lr=(0.1, 0.2, 0.3)), tmp_path)
     assert trained == ["lr_0.1", "lr_0.2", "final", "lr_0.3"]
     assert record["chosen"] == "lr_0.1"
     message = r"final was made with run 'lr_0\.1', not 'lr_0\.3': move it away"
     with pytest.raises(UserError, match=message):
-        sweep.sweep(grid(lr=(0.2, 0.3)), tmp_path)
+        grid.sweep(swept(lr=(0.2, 0.3)), tmp_path)
     (tmp_path / "final").rename(tmp_path / "final.before")
-    record = sweep.sweep(grid(lr=(0.2, 0.3)), tmp_path)
+    record = grid.sweep(swept(lr=(0.2, 0.3)), tmp_path)
     assert record["final"]["run"] == "lr_0.3"
     assert trained[-1] == "final"
 
 
 def test_another_test_split_does_not_pass_for_the_one_that_was_used(play, tmp_path):
     play[0][0.1] = (0.5, 0.7)
-    sweep.sweep(grid(lr=(0.1,)), tmp_path)
+    grid.sweep(swept(lr=(0.1,)), tmp_path)
     with pytest.raises(UserError, match=r"final was made with test_split 'test', not 'test\["):
-        sweep.sweep(grid(lr=(0.1,), test_split="test[:50%]"), tmp_path)
+        grid.sweep(swept(lr=(0.1,), test_split="test[:50%]"), tmp_path)
 
 
 def test_other_data_to_choose_by_or_another_model_are_refused(play, tmp_path):
     play[0][0.1] = (0.5, 0.7)
-    sweep.sweep(grid(lr=(0.1,)), tmp_path)
-    config = grid(lr=(0.1,))
+    grid.sweep(swept(lr=(0.1,)), tmp_path)
+    config = swept(lr=(0.1,))
     config.data.eval_split = "train[95%:]"
     with pytest.raises(UserError, match=r"compares accuracies on data\.eval_split='train\[90%"):
-        sweep.sweep(config, tmp_path)
-    config = grid(lr=(0.1,))
+        grid.sweep(config, tmp_path)
+    config = swept(lr=(0.1,))
     config.model.depth = 3
     with pytest.raises(UserError, match=r"was trained with model\.depth=1, not 3"):
-        sweep.sweep(config, tmp_path)
+        grid.sweep(config, tmp_path)
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(UserError, match=r"sweep\.json cannot be read"):
-        sweep.sweep(grid(lr=(0.1,)), tmp_path)
+        grid.sweep(swept(lr=(0.1,)), tmp_path)
 
 
 def test_when_all_diverge_there_is_nothing_to_choose(play, tmp_path):
     play[0].update({0.1: (None, 0), 0.2: (None, 0)})
     with pytest.raises(UserError, match=r"all of lr_0\.1, lr_0\.2 failed: add lower values"):
-        sweep.sweep(grid(lr=(0.1, 0.2)), tmp_path)
+        grid.sweep(swept(lr=(0.1, 0.2)), tmp_path)
     play[0][0.01] = (0.3, 1.0)
-    record = sweep.sweep(grid(lr=(0.1, 0.2, 0.01)), tmp_path)
+    record = grid.sweep(swept(lr=(0.1, 0.2, 0.01)), tmp_path)
     assert record["chosen"] == "lr_0.01"
     assert play[1] == ["lr_0.1", "lr_0.2", "lr_0.01", "final"]  # no value twice
 
@@ -253,8 +252,8 @@ def test_when_all_diverge_there_is_nothing_to_choose(play, tmp_path):
 
 
 def test_every_length_meets_every_rate():
-    config = grid(lr=(0.1, 0.2, 0.1), steps=((50, 10), (250, 20)))
-    found = sweep.settings(config)
+    config = swept(lr=(0.1, 0.2, 0.1), steps=((50, 10), (250, 20)))
+    found = grid.settings(config)
     assert [setting.name for setting in found] == [
         "steps_50-warmup_10-lr_0.1",
         "steps_50-warmup_10-lr_0.2",
@@ -266,8 +265,8 @@ def test_every_length_meets_every_rate():
     assert (applied.total_steps, applied.total_epochs) == (250, None)
     assert (applied.optimizer.warmup_steps, applied.optimizer.lr) == (20, 0.2)
     assert (config.total_epochs, config.optimizer.lr) == (3, 1e-3)
-    lengths_only = sweep.settings(grid(lr=(), steps=((50, 10),)))
-    assert lengths_only == [sweep.Setting(1e-3, (50, 10))]
+    lengths_only = grid.settings(swept(lr=(), steps=((50, 10),)))
+    assert lengths_only == [grid.Setting(1e-3, (50, 10))]
 
 
 @pytest.mark.parametrize(
@@ -290,7 +289,7 @@ def test_every_length_meets_every_rate():
 )
 def test_a_grid_that_cannot_be_is_refused_in_a_sentence(fields, overridden, message):
     with pytest.raises(UserError, match=message):
-        sweep.settings(grid(**fields), overridden)
+        grid.settings(swept(**fields), overridden)
 
 
 def test_the_test_data_are_found_before_anything_is_trained(play, tmp_path):
@@ -302,7 +301,7 @@ def test_the_test_data_are_found_before_anything_is_trained(play, tmp_path):
     ]:
         if message:
             with pytest.raises(UserError, match=message):
-                sweep.sweep(grid(**fields), tmp_path)
+                grid.sweep(swept(**fields), tmp_path)
         else:
-            sweep.check_splits(grid(**fields))
+            grid.check_splits(swept(**fields))
     assert play[1] == []

@@ -18,17 +18,21 @@ from tests.campaign.bit_flips import forget_digests
 from tests.interop import tiny_models
 from tests.tiny_config import LONG, TOTAL, tiny
 from vit_jax import config as configuration
-from vit_jax import train as trainer
 from vit_jax.checkpoints.directory import Checkpoints, abstract, load_card
+from vit_jax.checkpoints.trained import load_any
+from vit_jax.data import pipeline
+from vit_jax.data.on_device import prepare_for_eval
 from vit_jax.data.sources import catalog
 from vit_jax.data.sources.in_memory import ArraySource
 from vit_jax.data.sources.source import fingerprint
 from vit_jax.distributed import sharding
-from vit_jax.distributed.processes import StopSignal
+from vit_jax.distributed.signals import StopSignal
 from vit_jax.interop import google, huggingface
 from vit_jax.system.errors import UserError
+from vit_jax.training import begin, loop, trainer
 from vit_jax.training.logging import read_metrics
 from vit_jax.training.reporting import Diverged
+from vit_jax.training.run import build
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny_config.py"
@@ -36,7 +40,7 @@ TINY = ROOT / "tests" / "tiny_config.py"
 
 def final_state(workdir):
     """Every array of the last checkpoint."""
-    run = trainer.build(tiny())
+    run = build(tiny())
     target = abstract(run.learning.abstract_state, run.learning.shardings)
     with Checkpoints(workdir, 2) as checkpoints:
         return jax.device_get(checkpoints.restore(target))
@@ -96,10 +100,10 @@ def test_running_again_when_complete_changes_nothing(finished, capsys):
 
 def test_evaluation_counts_every_example_once_whatever_the_batch_size(finished):
     workdir, result = finished
-    run = trainer.build(tiny(eval_batch_size=40))
+    run = build(tiny(eval_batch_size=40))
     state = final_state(workdir)
     stop = StopSignal()
-    other = trainer.evaluate_state(run, state, stop)
+    other = loop.evaluate_state(run, state, stop)
     assert other["eval/count"] == 360
     assert other["eval/accuracy"] == result["eval/accuracy"]
     assert other["eval/loss"] == pytest.approx(result["eval/loss"], rel=1e-6)
@@ -194,13 +198,13 @@ def test_no_steps_is_an_error():
     config = tiny()
     configuration.set_duration(config, "total", epochs=0)
     with pytest.raises(UserError, match="the length of training is 0 steps"):
-        trainer.build(config)
+        build(config)
 
 
 def test_the_loop_neither_recompiles_nor_moves_data_by_accident(tmp_path):
-    run = trainer.build(tiny())
+    run = build(tiny())
     state = run.learning.init()
-    batches = trainer.pipeline.train_batches(run.source, **run.train_reading)
+    batches = pipeline.train_batches(run.source, **run.train_reading)
     with batches:
         for _ in range(4):
             batch = sharding.put_batch(next(batches), run.mesh)
@@ -333,10 +337,10 @@ def test_the_weights_decide_the_model_and_its_pixels(weights, tmp_path, capsys):
     assert (stored.model.gelu, stored.model.layer_norm_eps) == ("erf", 1e-12)
     assert (stored.data.value_range, stored.data.channels) == ("imagenet", 3)
     assert (stored.model.dropout, stored.model.stochastic_depth) == (0.2, 0.2)
-    run = trainer.build(stored)
+    run = build(stored)
     assert run.learning.objective.model.config.gelu == "erf"
     assert run.learning.objective.model.config.grid == (2, 2)
-    prepared = trainer.experiment.prepare_for_eval(stored)(
+    prepared = prepare_for_eval(stored)(
         {"image": np.full((1, 1, 1, 3), 255, np.uint8)}, jax.random.key(0)
     )
     np.testing.assert_allclose(prepared["image"][0, 0, 0, 0], (1 - 0.485) / 0.229, rtol=1e-6)
@@ -357,10 +361,10 @@ def test_a_run_goes_on_without_the_weights_that_it_began_with(weights, tmp_path)
 
 def test_what_the_command_line_sets_wins_and_is_said(weights, tmp_path):
     config = finetune(weights, gelu="tanh", depth=3)
-    resolved, before = trainer.resolve(config, tmp_path / "run", ["model.gelu"])
+    resolved, before = begin.resolve(config, tmp_path / "run", ["model.gelu"])
     assert (resolved.model.gelu, resolved.model.depth) == ("tanh", 2)
     assert before.config.model.gelu == "erf"
-    [note] = trainer.mismatches(resolved, before.config)
+    [note] = begin.mismatches(resolved, before.config)
     assert "was trained with model.gelu='erf' (here 'tanh'): set config to the same" in note
     with pytest.raises(UserError, match=r"the weights do not fit the model: .*encoderblock_2"):
         trainer.train(config, tmp_path / "deeper", ["model.depth"])
@@ -372,12 +376,12 @@ def test_a_variant_with_other_numerics_than_the_weights_is_one_note(weights, tmp
     }
     config = finetune(weights, variant="mu/8", **shape)
     config.data.channels = 3
-    resolved, before = trainer.resolve(config, tmp_path, [])
+    resolved, before = begin.resolve(config, tmp_path, [])
     assert resolved is config
     assert before is None
-    run = trainer.build(config)
-    before = trainer.trained.load_any(config.init_from, "last", None)
-    trainer.take_over(run.learning.init(), run, before)
+    run = build(config)
+    before = load_any(config.init_from, "last", None)
+    begin.take_over(run.learning.init(), run, before)
     [note] = [line for line in capsys.readouterr().err.splitlines() if "trained with" in line]
     assert note == (
         f"note: {weights} was trained with model.gelu='erf' (here 'tanh'), "
@@ -389,12 +393,12 @@ def test_a_variant_with_other_numerics_than_the_weights_is_one_note(weights, tmp
 def test_a_tanh_layer_stays_only_when_it_is_asked_for(tmp_path):
     google.write(tmp_path / "w.npz", *tiny_models.model(representation_size=24))
     config = finetune(tmp_path / "w.npz")
-    resolved, _ = trainer.resolve(config, tmp_path, [])
+    resolved, _ = begin.resolve(config, tmp_path, [])
     assert resolved.model.representation_size is None
     config.model.representation_size = 24
-    resolved, before = trainer.resolve(config, tmp_path, [])
-    run = trainer.build(resolved)
-    state = trainer.take_over(run.learning.init(), run, before)
+    resolved, before = begin.resolve(config, tmp_path, [])
+    run = build(resolved)
+    state = begin.take_over(run.learning.init(), run, before)
     np.testing.assert_array_equal(
         state.params["pre_logits"]["kernel"], before.params["pre_logits"]["kernel"]
     )

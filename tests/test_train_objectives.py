@@ -5,13 +5,16 @@ import pytest
 
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import train as trainer
 from vit_jax.checkpoints import trained
+from vit_jax.data import pipeline
+from vit_jax.data.on_device import prepare_for_eval
 from vit_jax.distributed import sharding
-from vit_jax.evaluation import probes
+from vit_jax.evaluation import features, few_shot
 from vit_jax.objectives import masked_patches
 from vit_jax.system.errors import UserError
+from vit_jax.training import trainer
 from vit_jax.training.logging import read_metrics
+from vit_jax.training.run import build
 
 
 def masked(**changes):
@@ -52,7 +55,7 @@ def test_mixup_and_cutmix_train(tmp_path, form):
     assert np.isfinite(result["eval/loss"])
 
 
-def few_shot(every=2, **changes):
+def with_few_shot(every=2, **changes):
     config = tiny(**changes)
     config.few_shot.shots = (1, 3)
     configuration.set_duration(config, "eval_every", steps=2)
@@ -61,13 +64,13 @@ def few_shot(every=2, **changes):
 
 
 def test_few_shot_accuracy_is_logged_with_the_evaluation(tmp_path):
-    config = few_shot(every=4, total_steps=6.0)
+    config = with_few_shot(every=4, total_steps=6.0)
     trainer.train(config, tmp_path)
     records = [r for r in read_metrics(tmp_path / "metrics.jsonl") if "eval/loss" in r]
     assert [r["step"] for r in records if "few_shot/1" in r] == [4, 6]
 
     # The last is what the probe says of the saved weights.
-    run = trainer.build(config)
+    run = build(config)
     model = trained.load(tmp_path, "last", run.mesh)
     assert run.few_shot(model.params) == pytest.approx(
         {name: records[-1][name] for name in ("few_shot/1", "few_shot/3")}
@@ -76,26 +79,23 @@ def test_few_shot_accuracy_is_logged_with_the_evaluation(tmp_path):
 
 def test_few_shot_in_training_is_the_doors_few_shot(tmp_path):
     """Fitted by hand to the images that the seeds choose."""
-    config = few_shot(total_steps=2.0)
-    run = trainer.build(config)
+    config = with_few_shot(total_steps=2.0)
+    run = build(config)
     params = run.learning.init().params
     found = run.few_shot(params)
     source, test = run.source, run.eval_source
-    step = probes.make_feature_step(
-        trainer.experiment.build_objective(run.config, 10).model,
-        trainer.experiment.prepare_for_eval(config),
-        run.mesh,
-    )
+    model = run.learning.objective.model
+    step = features.make_feature_step(model, prepare_for_eval(config), run.mesh)
 
-    def features(source):
-        batches = trainer.pipeline.eval_batches(source, batch_size=120, **run.eval_reading)
+    def features_of(source):
+        batches = pipeline.eval_batches(source, batch_size=120, **run.eval_reading)
         put = (sharding.put_batch(batch, run.mesh) for batch in batches)
-        return probes.extract(lambda batch: step(params, batch), put)
+        return features.extract(lambda batch: step(params, batch), put)
 
-    everything = features(source)
-    subsets = probes.choose_subsets(everything.labels, 10, (1, 3), probes.SEEDS)
-    expected = probes.few_shot_accuracy(
-        everything.take(subsets.indices), features(test), subsets, 10
+    everything = features_of(source)
+    subsets = few_shot.choose_subsets(everything.labels, 10, (1, 3), few_shot.SEEDS)
+    expected = few_shot.few_shot_accuracy(
+        everything.take(subsets.indices), features_of(test), subsets, 10
     )
     for shots, accuracies in expected.items():
         assert found[f"few_shot/{shots}"] == pytest.approx(np.mean(accuracies))
@@ -119,7 +119,7 @@ def test_what_does_not_fit_is_one_sentence(change, message):
     configuration.set_duration(config, "eval_every", steps=2)
     change(config)
     with pytest.raises(UserError, match=message):
-        trainer.build(config)
+        build(config)
 
 
 @pytest.mark.parametrize("variant", ["R26x1", "Mixer-S/4", "R50+S/16"])

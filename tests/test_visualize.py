@@ -10,12 +10,12 @@ from PIL import Image
 
 from tests.test_doors import assert_one_sentence, run
 from tests.tiny_config import tiny
-from vit_jax import visualize
+from vit_jax.analysis import figures
 from vit_jax.checkpoints import trained
 from vit_jax.distributed import sharding
 from vit_jax.evaluation import inference
+from vit_jax.models import registry
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
 
 MESH = sharding.make_mesh(devices=jax.devices()[:4])
 NAMES = ("cat & dog", "bird", "fish")
@@ -24,7 +24,7 @@ NAMES = ("cat & dog", "bird", "fish")
 def random_model(class_names=NAMES, **fields):
     """A model with random weights in every array, the head too."""
     config = tiny(**fields)
-    model = experiment.build_model(config, len(class_names))
+    model = registry.build_model(config, len(class_names))
     rng = np.random.default_rng(0)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     params = jax.tree.map(lambda s: 0.2 * rng.standard_normal(s.shape, np.float32), shapes)
@@ -44,7 +44,7 @@ def pictures(tmp_path_factory):
 
 def draw(model, paths, output, **options):
     given = {"rollout": "residual", "topk": 2, "max_images": 8, "batch_size": 4}
-    return visualize.visualize(model, paths, output, mesh=MESH, **given | options)
+    return figures.visualize(model, paths, output, mesh=MESH, **given | options)
 
 
 def stems(folder, ending):
@@ -101,21 +101,21 @@ def test_everything_for_a_wide_colour_model_with_registers(pictures, tmp_path, c
 def test_predictions_and_rollout_do_not_depend_on_the_batch(pictures, tmp_path):
     model = random_model(model={"registers": 1})
     paths = inference.find_images([str(pictures)])
-    together, failures = visualize.look(model, paths, True, 8, MESH)
+    together, failures = figures.look(model, paths, True, 8, MESH)
     assert failures == 0
-    alone, _ = visualize.look(model, paths[3:4], True, 4, MESH)
+    alone, _ = figures.look(model, paths[3:4], True, 4, MESH)
     for ours, other in zip(together[3], alone[0], strict=True):
         if isinstance(ours, str):
             assert ours == other
         else:
             np.testing.assert_allclose(ours, other, rtol=1e-4, atol=1e-6)
-    image = visualize.as_seen(model, paths[3])
+    image = figures.as_seen(model, paths[3])
     assert (image.shape, image.dtype) == ((8, 8, 1), np.uint8)
     scaled = (image[None].astype(np.float32) - 127.5) / 127.5
     logits, _ = jax.jit(model.model.apply)(model.params, scaled)
     expected = jax.nn.softmax(logits)[0]
     np.testing.assert_allclose(together[3].probabilities, expected, atol=1e-5)
-    best = visualize.best(together[3].probabilities, NAMES, 2)
+    best = figures.best(together[3].probabilities, NAMES, 2)
     assert [name for name, _ in best] == [NAMES[k] for k in np.argsort(-expected)[:2]]
 
 
@@ -124,14 +124,14 @@ def test_the_skip_connection_can_be_left_out(pictures, tmp_path):
     draw(model, [path], tmp_path, rollout="plain")
     assert "without the skip connection" in (tmp_path / "report.html").read_text()
     plain = np.load(tmp_path / "rollout.npz")["rollout"][0]
-    (residual,), _ = visualize.look(model, [path], True, 4, MESH)
+    (residual,), _ = figures.look(model, [path], True, 4, MESH)
     # The class token keeps at least a quarter of itself over two layers with the identity.
     assert residual.rollout[-1].sum() <= 0.75 < plain.sum()
 
 
 def test_only_some_photos_are_drawn_but_all_are_averaged(pictures, tmp_path, monkeypatch):
     model, paths = random_model(), inference.find_images([str(pictures)])
-    monkeypatch.setattr(visualize, "DISTANCE_IMAGES", 3)
+    monkeypatch.setattr(figures, "DISTANCE_IMAGES", 3)
     draw(model, paths, tmp_path, max_images=2)
     assert np.load(tmp_path / "attention_distance.npz")["per_image"].shape[0] == 3
     assert list(np.load(tmp_path / "rollout.npz")["names"]) == [paths[0], paths[4]]
@@ -173,7 +173,7 @@ def test_a_resnet_without_images_has_nothing_to_draw(tmp_path):
 
 def test_filters_on_feature_maps_have_no_colours():
     kernel = np.zeros((1, 1, 64, 8), np.float32)
-    sentence = visualize.draw_filters({"embedding": {"kernel": kernel}}, 3)
+    sentence = figures.draw_filters({"embedding": {"kernel": kernel}}, 3)
     assert "64 channels of a feature map" in sentence
 
 

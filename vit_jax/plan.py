@@ -1,7 +1,7 @@
 """Says what training will need, before there is a device to train on.
 
   python -m vit_jax.plan --config=configs/vit_i1k.py:L/16 --topology=v5e:4x4
-  python -m vit_jax.plan --config=configs/vit_i21k.py:G/14 --topology=v5e:16x16 \\
+  python -m vit_jax.plan --config=configs/vit_i21k.py:G/14 --topology=v5e:16x16 \
     --config.mesh.data=2 --config.mesh.fsdp=128 --per_device_batch=8 --output=plan.json
 
 Compiles the training step of `vit_jax.train` for a slice of TPUs that is not there, on any
@@ -29,39 +29,14 @@ from ml_collections import config_flags
 
 from vit_jax.command_line import cli
 from vit_jax.distributed import sharding
+from vit_jax.models import registry
 from vit_jax.planning import page
+from vit_jax.planning.data_sets import data_of
 from vit_jax.planning.search import POLICIES, best, search
 from vit_jax.planning.step import Plan, make_plan
 from vit_jax.planning.target import attached, topology
 from vit_jax.system.atomic import replacing
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
-
-# Classes, and examples of an epoch, of data sets that need not be there.
-KNOWN = {
-    "tfds:imagenet2012": (1000, 1_281_167),
-    "tfds:imagenet21k": (21_843, 14_197_122),
-    "tfds:cifar10": (10, 50_000),
-    "tfds:cifar100": (100, 50_000),
-    "digits": (10, 1_437),
-}
-ASSUMED = "tfds:imagenet2012"
-
-
-def data_of(
-    source: str, num_classes: int | None, examples: int | None
-) -> tuple[int, int, str | None]:
-    """Classes, examples and, where they are assumed, a sentence that says so."""
-    known = KNOWN.get(source)
-    classes_there, examples_there = known or KNOWN[ASSUMED]
-    note = None
-    if known is None and (num_classes is None or examples is None):
-        note = (
-            f"note: {source} is not opened; taken to have {num_classes or classes_there:,} "
-            f"classes and {examples or examples_there:,} examples, unless --num_classes and "
-            f"--examples say otherwise"
-        )
-    return num_classes or classes_there, examples or examples_there, note
 
 
 def define_flags() -> None:
@@ -84,7 +59,7 @@ def main(positional: list[str]) -> None:
     config, _ = cli.config_from_flag()
     options = flags.FLAGS.flag_values_dict()
     target = topology(options["topology"]) if options["topology"] else attached()
-    config = experiment.with_computation_chosen(config)
+    config = registry.with_computation_chosen(config)
     num_classes, examples, note = data_of(
         config.data.source, options["num_classes"], options["examples"]
     )

@@ -9,69 +9,24 @@ cannot be read is reported and skipped, and makes the exit code 1.
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from vit_jax.checkpoints import trained
-from vit_jax.command_line import cli
+from vit_jax.command_line import cli, model_flags
 from vit_jax.distributed import sharding
 from vit_jax.evaluation import inference
 from vit_jax.evaluation.inference import Unreadable
+from vit_jax.evaluation.predictions import predict
 from vit_jax.system import cache
 from vit_jax.system.errors import UserError
 
 
-class Prediction(NamedTuple):
-    path: str
-    classes: list[tuple[str, float]]  # names with probabilities, most probable first
-
-
-def predict(
-    model: trained.Trained,
-    paths: list[str],
-    topk: int,
-    batch_size: int | None,
-    mesh: Any,
-    threshold: float | None = None,
-) -> Iterator[Prediction | Unreadable]:
-    """Yields one result for each path, in order.
-
-    Args:
-      model: the weights.
-      paths: of image files.
-      topk: how many classes, the most probable first; with a threshold at most so many.
-      batch_size: images at a time; None: the fastest.
-      mesh: the devices.
-      threshold: the least probability of a class that counts; None: whatever it is.
-
-    Raises:
-      UserError: the model has no classes.
-    """
-    if not model.class_names:
-        raise UserError("the model has no head to predict with: fine-tune it first")
-    names, loss = model.class_names, model.config.objective.loss
-    to_probabilities = jax.nn.sigmoid if loss == "sigmoid" else jax.nn.softmax
-    rows = inference.apply_to_images(
-        model, lambda logits, out: to_probabilities(logits), paths, batch_size, mesh
-    )
-    for path, row in zip(paths, rows, strict=True):
-        if isinstance(row, Unreadable):
-            yield row
-        else:
-            order = np.argsort(-row, kind="stable")[:topk]
-            best = [k for k in order if threshold is None or row[k] >= threshold]
-            yield Prediction(path, [(names[k], float(row[k])) for k in best])
-
-
 def define_flags() -> None:
-    trained.define_flags()
-    flags.adopt_module_key_flags(trained)  # so that --help shows them
+    model_flags.define_flags()
+    flags.adopt_module_key_flags(model_flags)  # so that --help shows them
     flags.DEFINE_integer("topk", 5, "How many classes to show.", lower_bound=1)
     flags.DEFINE_float(
         "threshold", None, "Show classes of at least this probability; 0.5 for several labels.",
@@ -91,7 +46,7 @@ def main(positional: list[str]) -> None:
     mesh = sharding.make_mesh()
     paths = inference.find_images(positional)
     batch_size = inference.check_batch_size(given.batch_size, mesh)
-    model = trained.from_flags(mesh)
+    model = model_flags.from_flags(mesh)
     if note := inference.head_note(model):
         print(f"note: {note}", file=sys.stderr)
     failures = 0

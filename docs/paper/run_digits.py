@@ -28,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the root of the repository
 
 from configs.paper import figure3, figure4, figure5, figure8, figure9, masked_patches, table8
 from vit_jax import config as configuration
-from vit_jax import train
 from vit_jax.analysis import plots
 from vit_jax.command_line import cli
-from vit_jax.training import experiment
+from vit_jax.models import registry
+from vit_jax.training import trainer
 
 HERE = Path(__file__).parent
 README = HERE.parents[1] / "configs/paper/README.md"
@@ -177,14 +177,14 @@ def run(config: ConfigDict, runs: Path) -> None:
     """Trains, unless that is done already; a signal ends everything."""
     if evaluations(config, runs):
         return
-    if not train.train(config, workdir(config, runs)):
+    if not trainer.train(config, workdir(config, runs)):
         sys.exit("stopped by a signal: run the same command to continue")
     jax.clear_caches()  # the next run has another program
 
 
 def gigaflops(config: ConfigDict) -> int:
     """Of a training: three times the forward pass, as XLA counts it before optimising."""
-    model = experiment.build_model(config, num_classes=10)
+    model = registry.build_model(config, num_classes=10)
     image = jax.ShapeDtypeStruct((1, *config.image_size, config.data.channels), "float32")
     params = jax.eval_shape(model.init, jax.random.key(0))
     cost = jax.jit(model.apply).lower(params, image).cost_analysis()

@@ -30,7 +30,6 @@ from tests.interop.test_hostile import BEIT, shuffled
 from tests.interop.tiny_models import model
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import sweep, train
 from vit_jax.checkpoints import digests, orbax_io, trained
 from vit_jax.checkpoints.digests import Damaged
 from vit_jax.data.decode import FORMATS, decode
@@ -41,7 +40,7 @@ from vit_jax.distributed import sharding
 from vit_jax.interop import google, huggingface, timm, weight_files
 from vit_jax.interop.load import load_weights
 from vit_jax.system.errors import UserError, of_system
-from vit_jax.training import metrics_file
+from vit_jax.training import begin, grid, metrics_file
 
 Use = Callable[[], object]
 Kind = Callable[[Path, random.Random], tuple[str, Use]]
@@ -291,8 +290,8 @@ def other_files(folder: Path, rng: random.Random) -> tuple[str, Use]:
         "hf/model.safetensors": lambda: load_weights(folder / "hf"),
         "hf/model.safetensors.index.json": lambda: load_weights(folder / "hf"),
         "hf/pytorch_model.bin": lambda: load_weights(folder / "hf"),
-        "run/config.json": lambda: train.model_of_workdir(folder / "run", "x"),
-        "run/sweep.json": lambda: sweep.read_record(tiny(), folder / "run"),
+        "run/config.json": lambda: begin.model_of_workdir(folder / "run", "x"),
+        "run/sweep.json": lambda: grid.read_record(tiny(), folder / "run"),
         "run/metrics.jsonl": lambda: metrics_file.read_metrics(folder / "run/metrics.jsonl"),
         "packed/dataset.json": lambda: catalog.load(f"records:{folder}/packed", "train"),
         "best/10/card/metadata": lambda: _card(folder / "best/10"),
@@ -752,7 +751,7 @@ def settings(folder: Path, rng: random.Random) -> tuple[str, Use]:
     if rng.randrange(2):
         stored_config = configuration.to_dict(config)
         (folder / "config.json").write_bytes(mutations.json_bytes(stored_config, rng))
-        return "config.json", lambda: train.model_of_workdir(folder, "x")
+        return "config.json", lambda: begin.model_of_workdir(folder, "x")
     runs = {"lr=0.1": {"metrics": {"eval/accuracy": 0.5, "eval/loss": 1.0}}}
     record = {
         "config": configuration.to_dict(config),
@@ -761,7 +760,7 @@ def settings(folder: Path, rng: random.Random) -> tuple[str, Use]:
         "final": None,
     }
     (folder / "sweep.json").write_bytes(mutations.json_bytes(record, rng))
-    return "sweep.json", lambda: sweep.read_record(config, folder)
+    return "sweep.json", lambda: grid.read_record(config, folder)
 
 
 def metrics(folder: Path, rng: random.Random) -> tuple[str, Use]:

@@ -17,8 +17,8 @@ from vit_jax.data import bad_images
 from vit_jax.data.bad_images import NONE, BadImages, Replacing
 from vit_jax.data.decode import BadImage, decode
 from vit_jax.data.image_cache import Kept
+from vit_jax.data.packing import Options, prepare
 from vit_jax.data.sources import catalog
-from vit_jax.prepare import Options, prepare
 from vit_jax.system.errors import UserError
 
 # Pillow tells of camera notes that it cannot read, and reads the pixels.

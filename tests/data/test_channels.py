@@ -13,17 +13,16 @@ from PIL import Image, ImageOps
 
 from tests.campaign.large_tiffs import large_tiffs
 from tests.tiny_config import tiny
-from vit_jax import train
-from vit_jax.data import pipeline, tiff
+from vit_jax.data import on_device, pipeline, tiff
 from vit_jax.data.decode import BadImage, decode
+from vit_jax.data.packing import encoded as packed
 from vit_jax.data.planes import Planes
 from vit_jax.data.sources import catalog
 from vit_jax.data.transforms.language import parse_transform
 from vit_jax.data.transforms.resize import METHODS
 from vit_jax.evaluation import inference
-from vit_jax.prepare import encoded as packed
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
+from vit_jax.training import run
 
 
 def noise(channels, dtype=np.uint8, shape=(13, 9), seed=0):
@@ -284,7 +283,7 @@ def test_what_changes_colours_is_refused_early():
         with pytest.raises(
             UserError, match="color_jitter is for images of 1 or 3 channels of 8"
         ):
-            train.build(config)
+            run.build(config)
 
 
 # ---- all the way -------------------------------------------------------------------------
@@ -322,7 +321,7 @@ def test_batches_have_the_channels_and_levels_of_files(scans, form, bits):
 def test_levels_of_sixteen_bits_reach_the_model_as_they_are():
     config = tiny()
     config.data.bits, config.data.channels = 16, 5
-    prepare = experiment.prepare_for_eval(config)
+    prepare = on_device.prepare_for_eval(config)
     pixels = np.array([0, 1, 257, 32767, 65535], np.uint16).reshape(1, 1, 1, 5)
     found = prepare({"image": pixels}, jax.random.key(0))["image"]
     np.testing.assert_allclose(np.ravel(found), pixels.ravel() / 32767.5 - 1, atol=1e-6)

@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from vit_jax import contact_sheet
-from vit_jax.contact_sheet import draw_batch, draw_operations, open_photos, write_sheet
-from vit_jax.data import recipes
+from vit_jax.data import contact_sheet, recipes
+from vit_jax.data.contact_sheet import draw_batch, draw_operations, open_photos, write_sheet
 from vit_jax.data.mixing import Mixing
 from vit_jax.data.transforms.augment import OPS, TIMM_OPS
 from vit_jax.system.errors import UserError

@@ -12,12 +12,12 @@ import pytest
 from PIL import Image
 
 from tests.data.test_tfds import BUILDER
-from vit_jax import prepare
+from vit_jax.data import packing
 from vit_jax.data.sources import catalog, image_files, records
 from vit_jax.data.sources.in_memory import ArraySource
 from vit_jax.data.sources.source import Concatenation, digest, fingerprint
 
-HOW = prepare.Options(shards=3, resize_shorter=None, max_bad=None, threads=2)
+HOW = packing.Options(shards=3, resize_shorter=None, max_bad=None, threads=2)
 
 
 def of(source, split="train", data_dir=None):
@@ -41,7 +41,7 @@ def kept(tmp_path_factory):
     touch(root / "folder", *paths, "test/ant/0.png")
     write_labels(root / "listed", LABELS)
     source = "synthetic:4x4x3,classes=3,examples=40"
-    prepare.prepare(source, root / "packed", {"train": "train"}, HOW, None)
+    packing.prepare(source, root / "packed", {"train": "train"}, HOW, None)
     return root
 
 
@@ -292,7 +292,7 @@ def packed(kept, tmp_path):
 
 
 def pack(source, output, how=HOW):
-    prepare.prepare(source, output, {"train": "train"}, how, None)
+    packing.prepare(source, output, {"train": "train"}, how, None)
     return of(f"records:{output}")
 
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from vit_jax.data import pipeline
+from vit_jax.data.packing import Options, prepare
 from vit_jax.data.sources import catalog, multi_label
 from vit_jax.data.sources.classes import as_classes
 from vit_jax.data.transforms.language import parse_transform
-from vit_jax.prepare import Options, prepare
 from vit_jax.system.errors import UserError
 
 LABELS = [("cat",), ("dog", "cat"), (), ("emu",), ("dog", "emu", "cat")]

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from vit_jax.data.decode import decode
+from vit_jax.data.packing import EXAMPLES_A_SHARD, Options, encoded, prepare
 from vit_jax.data.pipeline import train_batches
 from vit_jax.data.sources import catalog
 from vit_jax.data.sources.source import known_labels
 from vit_jax.data.transforms.language import parse_transform
-from vit_jax.prepare import EXAMPLES_A_SHARD, Options, encoded, prepare
 from vit_jax.system.errors import UserError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -127,7 +127,7 @@ def test_any_number_of_shards_holds_everything(pictures, tmp_path, shards):
 
 
 def test_the_default_number_of_shards_grows_with_the_data(tmp_path, monkeypatch):
-    monkeypatch.setattr("vit_jax.prepare.EXAMPLES_A_SHARD", 500)
+    monkeypatch.setattr("vit_jax.data.packing.EXAMPLES_A_SHARD", 500)
     packed = pack("digits", tmp_path / "x", {"train": "train", "test": "test"})
     assert [len(packed[s]["shards"]) for s in ("train", "test")] == [3, 1]
     assert EXAMPLES_A_SHARD == 10_000

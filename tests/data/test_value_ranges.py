@@ -5,9 +5,8 @@ import numpy as np
 import pytest
 
 from tests.tiny_config import tiny
-from vit_jax.data import value_ranges
+from vit_jax.data import on_device, value_ranges
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
 
 
 def test_any_mean_and_deviation():
@@ -65,4 +64,4 @@ def test_a_range_that_does_not_fit_is_refused_before_anything_is_built(wrong):
     config = tiny()
     config.data.value_range = wrong
     with pytest.raises(UserError, match="value range"):
-        experiment.prepare_for_eval(config)
+        on_device.prepare_for_eval(config)

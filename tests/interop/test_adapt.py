@@ -6,13 +6,14 @@ import pytest
 
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
-from vit_jax import train as trainer
 from vit_jax.checkpoints import trained
 from vit_jax.interop.resize_positions import resize_embedding
 from vit_jax.interop.transfer import adapt
 from vit_jax.models import vit
 from vit_jax.system.errors import UserError
+from vit_jax.training import begin, trainer
 from vit_jax.training.logging import read_metrics
+from vit_jax.training.run import build as build_run
 
 OLD = vit.ViTConfig(
     (8, 8), 1, 4, 2, 8, 16, 2, num_classes=5, representation_size=6, head_bias_init=-3.0
@@ -109,10 +110,10 @@ def test_fine_tuning_begins_where_pre_training_ended(tmp_path, capsys):
     first = read_metrics(tmp_path / "after" / "metrics.jsonl")[0]
     assert first["train/loss"] == pytest.approx(np.log(10), rel=1e-5)  # the head is zero
 
-    run = trainer.build(config)
+    run = build_run(config)
     state = run.learning.init()
     before = trained.load_any(config.init_from, "last", run.mesh)
-    begun = trainer.take_over(state, run, before)
+    begun = begin.take_over(state, run, before)
     for tree in (begun.params, begun.ema):
         begun_kernel, fresh_kernel = (
             params["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]["kernel"][1]

@@ -19,6 +19,7 @@ from vit_jax.checkpoints import trained
 from vit_jax.data import value_ranges
 from vit_jax.data.transforms import resize
 from vit_jax.data.transforms.language import parse_transform
+from vit_jax.evaluation import embeddings
 from vit_jax.interop import weight_files
 from vit_jax.interop.load import load_weights
 from vit_jax.system.errors import UserError
@@ -184,7 +185,6 @@ def test_a_crop_of_another_size_than_the_positions(tmp_path, name, options, crop
 def test_the_whole_way_of_a_small_crop(tmp_path, monkeypatch):
     """From photos to vectors by `embed`'s own code, against processor and model."""
     transformers = pytest.importorskip("transformers")
-    from vit_jax import embed
     from vit_jax.distributed import sharding
     from vit_jax.evaluation import inference
 
@@ -197,7 +197,7 @@ def test_the_whole_way_of_a_small_crop(tmp_path, monkeypatch):
         photo.save(paths[-1])
     mesh = sharding.make_mesh()
     model = trained.load_any(str(tmp_path), "last", mesh)
-    rows = list(inference.apply_to_images(model, embed.normalised, paths, 8, mesh))
+    rows = list(inference.apply_to_images(model, embeddings.normalised, paths, 8, mesh))
     pixels = theirs_prepare(photos(), return_tensors="pt")["pixel_values"]
     expected = theirs(pixels).pooler_output
     expected = torch.nn.functional.normalize(expected, dim=-1).detach().numpy()

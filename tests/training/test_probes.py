@@ -9,7 +9,8 @@ from vit_jax.data import pipeline
 from vit_jax.data.sources import catalog
 from vit_jax.data.transforms import language
 from vit_jax.distributed import sharding
-from vit_jax.evaluation import probes
+from vit_jax.evaluation import features, few_shot, knn, linear_probe
+from vit_jax.evaluation.features import Features, Rows, extract, make_feature_step, read_labels
 from vit_jax.models import vit
 from vit_jax.system.errors import UserError
 
@@ -17,9 +18,7 @@ from vit_jax.system.errors import UserError
 def pixels(split):
     """The 64 grey levels of each digit as its features; some of them never vary."""
     source = catalog.load("digits", split)
-    return probes.Features(
-        np.float32(source.images.reshape(len(source), -1)), np.int32(source.labels)
-    )
+    return Features(np.float32(source.images.reshape(len(source), -1)), np.int32(source.labels))
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +49,13 @@ def test_features_are_the_pre_logits_of_every_example_once_and_in_order():
         **batch,
         "image": language.normalize(batch["image"], "inception"),
     }
-    step = probes.make_feature_step(model, prepare, mesh)
+    step = make_feature_step(model, prepare, mesh)
     transform = language.parse_transform("resize", (8, 8))
     with pipeline.eval_batches(
         source, transform=transform, channels=1, batch_size=16
     ) as batches:
         on_device = (sharding.put_batch(batch, mesh) for batch in batches)
-        found = probes.extract(lambda batch: step(params, batch), on_device)
+        found = extract(lambda batch: step(params, batch), on_device)
     images = jnp.stack([source[i]["image"] for i in range(83)])[..., None] / 127.5 - 1
     expected = jax.jit(model.apply)(params, images)[1]["pre_logits"]
     assert (found.values.shape, found.values.dtype) == ((83, 12), np.float32)
@@ -67,7 +66,7 @@ def test_features_are_the_pre_logits_of_every_example_once_and_in_order():
 def test_features_that_are_not_finite_are_refused():
     batch = np.array([[1.0], [np.nan]], np.float32), np.zeros(2, np.int32), np.ones(2)
     with pytest.raises(UserError, match="features hold NaN"):
-        probes.extract(lambda batch: batch, [batch])
+        extract(lambda batch: batch, [batch])
 
 
 # --- Which images -------------------------------------------------------------------------
@@ -82,28 +81,28 @@ def test_one_generator_permutes_the_classes_in_order(seed):
         *rng.permutation([0, 4, 7, 8])[:3],
         *rng.permutation([3, 10]),  # all there are
     ]
-    assert probes.choose_shots(labels, 4, 3, seed).tolist() == expected
+    assert few_shot.choose_shots(labels, 4, 3, seed).tolist() == expected
 
 
 def test_subsets_are_rows_of_one_set_of_images(digits):
     labels = digits[0].labels
-    subsets = probes.choose_subsets(labels, 10, (1, 5, 10), (3, 4))
+    subsets = few_shot.choose_subsets(labels, 10, (1, 5, 10), (3, 4))
     for shots in (1, 5, 10):
         for seed, rows in zip((3, 4), subsets.rows[shots], strict=True):
             chosen = subsets.indices[rows]
-            assert chosen.tolist() == probes.choose_shots(labels, 10, shots, seed).tolist()
+            assert chosen.tolist() == few_shot.choose_shots(labels, 10, shots, seed).tolist()
             assert np.bincount(labels[chosen]).tolist() == [shots] * 10
     # Fewer shots are among more of the same seed, so nothing else is read.
-    largest = np.concatenate([probes.choose_shots(labels, 10, 10, s) for s in (3, 4)])
+    largest = np.concatenate([few_shot.choose_shots(labels, 10, 10, s) for s in (3, 4)])
     assert subsets.indices.tolist() == sorted(set(largest))
 
 
 def test_labels_and_rows_of_a_source():
     source = catalog.load("digits", "train[:1100]+test[5:9]")
-    labels = probes.read_labels(source, threads=4)
+    labels = read_labels(source, threads=4)
     assert labels.dtype == np.int32
     np.testing.assert_array_equal(labels, [source[i]["label"] for i in range(1104)])
-    rows = probes.Rows(source, np.array([1101, 3]))
+    rows = Rows(source, np.array([1101, 3]))
     assert (len(rows), rows.class_names) == (2, source.class_names)
     np.testing.assert_array_equal(rows[0]["image"], source[1101]["image"])
     np.testing.assert_array_equal(rows[1]["image"], source[3]["image"])
@@ -132,19 +131,19 @@ def least_squares(train, test, num_classes, l2):
 @pytest.mark.parametrize("l2", [1024.0, 1.0])
 def test_few_shot_is_regularised_least_squares(digits, l2):
     train, test = digits
-    subsets = probes.choose_subsets(train.labels, 10, (1, 5, 25))  # fewer and more than 64
-    found = probes.few_shot_accuracy(train.take(subsets.indices), test, subsets, 10, l2)
+    subsets = few_shot.choose_subsets(train.labels, 10, (1, 5, 25))  # fewer and more than 64
+    found = few_shot.few_shot_accuracy(train.take(subsets.indices), test, subsets, 10, l2)
     for shots in (1, 5, 25):
         for seed in (0, 1, 2):
-            chosen = train.take(probes.choose_shots(train.labels, 10, shots, seed))
+            chosen = train.take(few_shot.choose_shots(train.labels, 10, shots, seed))
             expected = (least_squares(chosen, test, 10, l2) == test.labels).mean()
             assert found[shots][seed] == expected
 
 
 def test_few_shot_of_digit_pixels(digits):
     train, test = digits
-    subsets = probes.choose_subsets(train.labels, 10, (5, 10))
-    found = probes.few_shot_accuracy(train.take(subsets.indices), test, subsets, 10)
+    subsets = few_shot.choose_subsets(train.labels, 10, (5, 10))
+    found = few_shot.few_shot_accuracy(train.take(subsets.indices), test, subsets, 10)
     hits = {shots: [round(a * 360) for a in accuracies] for shots, accuracies in found.items()}
     assert hits == {5: [279, 283, 290], 10: [301, 288, 298]}
 
@@ -159,13 +158,13 @@ def test_few_shot_is_exact_for_features_that_strain_float32(shots):
         x = (0.6 * centres[labels] + rng.standard_normal((len(labels), 96))) * decay @ mix
         x[:, 0], x[:, 1] = 7.1, 50 + 1e-4 * x[:, 1]  # constant; nearly so, far from zero
         x[:, 2] *= 1000
-        return probes.Features(np.float32(x), np.int32(labels))
+        return Features(np.float32(x), np.int32(labels))
 
     counts = 1 + shots * (np.arange(20) % 3)  # uneven, so that the constant feature matters
     train, test = make(np.repeat(np.arange(20), counts)), make(rng.integers(20, size=2000))
     expected = (least_squares(train, test, 20, 1024.0) == test.labels).mean()
     assert 0.2 < expected < 0.95
-    assert probes.least_squares_accuracy(train, test, 20) == expected
+    assert few_shot.least_squares_accuracy(train, test, 20) == expected
 
 
 @pytest.mark.parametrize("l2", [1e-3, 0.0, -1.0])
@@ -174,16 +173,16 @@ def test_an_l2_lost_in_rounding_is_refused(digits, l2):
     with pytest.raises(
         UserError, match=rf"--few_shot_l2 is {l2}: float32 needs more than 0.01"
     ):
-        probes.least_squares_accuracy(train, test, 10, l2)
+        few_shot.least_squares_accuracy(train, test, 10, l2)
 
 
 # --- k nearest neighbours -----------------------------------------------------------------
 
 
 def test_neighbours_vote_as_in_scikit_learn(digits, monkeypatch):
-    monkeypatch.setattr(probes, "_ROWS", 150)  # ten blocks of training images, three of test
+    monkeypatch.setattr(features, "ROWS", 150)  # ten blocks of training images, three of test
     train, test = digits
-    found = probes.knn_accuracy(train, test, 10, (1, 4, 20))
+    found = knn.knn_accuracy(train, test, 10, (1, 4, 20))
     for k, accuracy in found.items():
         judge = KNeighborsClassifier(
             k,
@@ -198,20 +197,18 @@ def test_neighbours_vote_as_in_scikit_learn(digits, monkeypatch):
 def test_the_temperature_weighs_the_votes():
     at = lambda degrees: np.array([[np.cos(d), np.sin(d)] for d in np.deg2rad(degrees)])
     scale = np.array([[5.0], [0.1], [1.0], [1.0]])  # lengths do not matter
-    train = probes.Features(
-        np.float32(at([8, 25, -25, 90]) * scale), np.array([1, 0, 0, 2], np.int32)
-    )
-    test = probes.Features(np.float32(at([0])), np.array([1], np.int32))
+    train = Features(np.float32(at([8, 25, -25, 90]) * scale), np.array([1, 0, 0, 2], np.int32))
+    test = Features(np.float32(at([0])), np.array([1], np.int32))
     # Weights exp(cos / T) against the one of class 1: 2 exp((cos 25 - cos 8) / T).
     assert 2 * np.exp((np.cos(np.deg2rad(25)) - np.cos(np.deg2rad(8))) / 0.07) < 1
-    assert probes.knn_accuracy(train, test, 3, (3,)) == {3: 1.0}
-    assert probes.knn_accuracy(train, test, 3, (3,), temperature=1.0) == {3: 0.0}
+    assert knn.knn_accuracy(train, test, 3, (3,)) == {3: 1.0}
+    assert knn.knn_accuracy(train, test, 3, (3,), temperature=1.0) == {3: 0.0}
 
 
 def test_more_neighbours_than_training_images_are_refused(digits):
     few = digits[0].take(np.arange(15))
     with pytest.raises(UserError, match="--knn asks for 20 neighbours, but there are 15"):
-        probes.knn_accuracy(few, digits[1], 10)
+        knn.knn_accuracy(few, digits[1], 10)
 
 
 # --- Linear probe -------------------------------------------------------------------------
@@ -228,7 +225,7 @@ def cross_entropy(linear, x, labels, l2):
 @pytest.fixture
 def in_two_blocks(monkeypatch):
     """Two blocks of all training digits, and of those to choose on; the last is padded."""
-    monkeypatch.setattr(probes, "_ROWS", 750)
+    monkeypatch.setattr(features, "ROWS", 750)
 
 
 def standardised(train, *others):
@@ -242,15 +239,15 @@ def test_softmax_regression_finds_the_optimum_of_scikit_learn(digits):
     judge = LogisticRegression(C=1 / (l2 * len(x)), tol=1e-7, max_iter=10_000)
     judge.fit(x.astype(np.float64), labels)
     best = cross_entropy((judge.coef_.T, judge.intercept_), x, labels, l2)
-    start = probes.Linear(jnp.zeros((64, 10)), jnp.zeros(10))
-    found = probes.fit_softmax(x, labels, l2, start)
+    start = linear_probe.Linear(jnp.zeros((64, 10)), jnp.zeros(10))
+    found = linear_probe.fit_softmax(x, labels, l2, start)
     assert best <= cross_entropy(found, x, labels, l2) < best + 1e-6
     np.testing.assert_allclose(found.weights, judge.coef_.T, atol=2e-3)
 
 
 @pytest.mark.usefixtures("in_two_blocks")
 def test_the_linear_probe_is_as_accurate_as_scikit_learn(digits):
-    found = probes.linear_probe_accuracy(*digits, 10)
+    found = linear_probe.linear_probe_accuracy(*digits, 10)
     train, test = digits
     x, x_test = standardised(train, test)
     judge = LogisticRegression(C=1 / (found.l2 * len(x)), max_iter=10_000)
@@ -261,6 +258,6 @@ def test_the_linear_probe_is_as_accurate_as_scikit_learn(digits):
 
 
 def test_one_image_a_class_is_too_few_to_choose_on(digits):
-    one = digits[0].take(probes.choose_shots(digits[0].labels, 10, 1, 0))
+    one = digits[0].take(few_shot.choose_shots(digits[0].labels, 10, 1, 0))
     with pytest.raises(UserError, match="needs a class with two training examples"):
-        probes.linear_probe_accuracy(one, digits[1], 10)
+        linear_probe.linear_probe_accuracy(one, digits[1], 10)

@@ -3,9 +3,8 @@ from types import SimpleNamespace
 import pytest
 
 from tests.tiny_config import tiny
-from vit_jax import train as trainer
 from vit_jax.system.errors import UserError
-from vit_jax.training import reporting
+from vit_jax.training import reporting, trainer
 from vit_jax.training.logging import read_metrics
 from vit_jax.training.reporting import parse_profile
 

@@ -18,7 +18,7 @@ from vit_jax.models import registry
 from vit_jax.models.vit import unstack_layers
 from vit_jax.objectives.classification import Classification
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
+from vit_jax.training import program
 from vit_jax.training.step import init_state, make_train_step
 
 # Not Adam: the gradient of a key's bias is zero but for rounding, which Adam would blow up.
@@ -244,9 +244,9 @@ def test_activations_stay_divided_by_examples_and_weights_are_gathered():
     config.image_size, config.batch_size = (32, 32), 256
     configuration.set_duration(config, "total", epochs=90)
     configuration.set_duration(config.optimizer, "warmup", steps=10)
-    config = experiment.with_computation_chosen(config)
+    config = registry.with_computation_chosen(config)
     mesh = mesh_of(1, 8, 1)
-    learning = experiment.build_learning(config, mesh, 8, 1000)
+    learning = program.build_learning(config, mesh, 8, 1000)
     state = abstract(learning.abstract_state, learning.shardings)
     batch = {
         "image": jax.ShapeDtypeStruct((256, 32, 32, 3), jnp.uint8),

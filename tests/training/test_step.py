@@ -7,14 +7,10 @@ import optax
 import pytest
 
 from vit_jax.distributed import sharding
+from vit_jax.evaluation.averages import make_eval_step
 from vit_jax.models import vit
 from vit_jax.objectives.classification import Classification
-from vit_jax.training.step import (
-    init_state,
-    make_eval_step,
-    make_train_step,
-    split_micro_batches,
-)
+from vit_jax.training.step import init_state, make_train_step, split_micro_batches
 
 CFG = {
     "image_size": (8, 8),

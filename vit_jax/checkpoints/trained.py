@@ -2,12 +2,10 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -24,9 +22,9 @@ from vit_jax.models.layers import store_in
 from vit_jax.models.model import Model, Params
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives import masked_patches
+from vit_jax.objectives.registry import build_objective
 from vit_jax.system.atomic import replacing
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
 
 
 class Trained(NamedTuple):
@@ -60,44 +58,9 @@ class Trained(NamedTuple):
     multi_label: bool = False
 
 
-def define_flags() -> None:
-    """The flags by which every door is told which model to use."""
-    flags.DEFINE_string("workdir", None, "Work directory of a training run.")
-    flags.DEFINE_string(
-        "checkpoint", None, "Instead: a file or folder of weights, or a name like augreg:B_16."
-    )
-    flags.DEFINE_string("step", "last", "Of a work directory: last, best or a step number.")
-    flags.DEFINE_enum(
-        "dtype", None, ["float32", "bfloat16"],
-        "Operands of matrix products; as trained unless given, float32 for published weights.",
-    )  # fmt: skip
-    flags.DEFINE_string("transform", None, "Preprocessing; the model's own unless given.")
-    flags.DEFINE_string("value_range", None, "Of pixels; the model's own unless given.")
-    stated.define_flags()
-    flags.adopt_module_key_flags(stated)
-
-
-def from_flags(mesh: Mesh) -> Trained:
-    """Opens the model that the flags name.
-
-    Raises:
-      UserError: not exactly one of --workdir and --checkpoint is given, or it cannot be read.
-    """
-    given = flags.FLAGS
-    if bool(given.workdir) == bool(given.checkpoint):
-        raise UserError("pass one of --workdir and --checkpoint: see --help")
-    said = stated.from_flags()
-    if given.workdir:
-        said.check_unused(given.workdir)
-        model = load(Path(given.workdir), given.step, mesh)
-    else:
-        model = load_any(given.checkpoint, given.step, mesh, said)
-        for note in model.notes:
-            print(f"note: {note}", file=sys.stderr)
-    return for_inference(_prepared(model, given.transform, given.value_range), given.dtype)
-
-
-def _prepared(model: Trained, transform: str | None, value_range: str | None) -> Trained:
+def with_preprocessing(
+    model: Trained, transform: str | None, value_range: str | None
+) -> Trained:
     """The model with the preprocessing that the flags name.
 
     Raises:
@@ -125,7 +88,7 @@ def for_inference(model: Trained, dtype: str | None = None) -> Trained:
     """
     config = model.config.copy_and_resolve_references()
     config.model.dtype = dtype or config.model.dtype
-    network = experiment.build_model(config, len(model.class_names))
+    network = registry.build_model(config, len(model.class_names))
     params = store_in(config.model.dtype, model.params)
     return model._replace(config=config, model=network, params=params)
 
@@ -149,8 +112,8 @@ def _open(checkpoint: Path, mesh: Mesh) -> Trained:
     card = orbax_io.card(checkpoint)
     config = configuration.from_dict(card["config"])
     class_names = tuple(card["class_names"])
-    model = experiment.build_model(config, len(class_names))
-    objective = experiment.build_objective(config, len(class_names))
+    model = registry.build_model(config, len(class_names))
+    objective = build_objective(config, len(class_names))
     shapes, _ = jax.eval_shape(objective.init, jax.random.key(0))
     target = abstract(shapes, sharding.replicated(mesh))
     params = load_params(checkpoint, target)
@@ -228,7 +191,7 @@ def from_imported(imported: Imported, mesh: Mesh | None) -> Trained:
     return Trained(
         config=config,
         class_names=names,
-        model=experiment.build_model(config, len(names)),
+        model=registry.build_model(config, len(names)),
         params=jax.device_put(params, sharding.replicated(mesh)) if mesh else params,
         step=0,
         family=imported.family,

@@ -4,7 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
+from vit_jax.data import mixing
 from vit_jax.system.errors import UserError
 
 FORMS = ("google", "timm")
@@ -115,3 +117,16 @@ def _outside_box(key: jax.Array, size: tuple[int, ...], weight: jax.Array) -> ja
         place = jax.lax.broadcasted_iota(jnp.int32, size, axis)
         inside &= (place >= centre - edge // 2) & (place < centre + (edge + 1) // 2)
     return 1.0 - inside
+
+
+def build_mixing(config: ConfigDict) -> mixing.Mixing:
+    """Raises UserError for a value of `config.data` that mixing cannot have."""
+    data = config.data
+    return mixing.Mixing(
+        data.mixup,
+        data.cutmix,
+        data.mix_probability,
+        data.mix_switch,
+        data.mix_form,
+        data.binary_targets,
+    )

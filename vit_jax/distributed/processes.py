@@ -15,45 +15,35 @@ import contextlib
 import importlib.util
 import os
 import secrets
-import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
-from absl import flags
 from jax.experimental import multihost_utils
 
 from vit_jax.distributed import meeting
 from vit_jax.system.errors import UserError, of_system
 
 HEARTBEAT_TIMEOUT = 90  # seconds after which JAX finds a machine without power or network
+
+
 _SILENCE = 60.0  # the same, for our own connections: first, as JAX would abort
+
+
 _BEAT = 5.0  # seconds between signs of life
+
+
 _GRACE = 10  # seconds for the news of a death to arrive, when a step has failed because of it
+
 
 # What processes say to each other, a line each; the last two are followed by a text.
 _DONE, _ALIVE, _DIED, _SAID = "done", "alive", "died", "said"
-
-
-# --- Who takes part -----------------------------------------------------------------------
-
-
-def define_flags() -> None:
-    flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where nothing else says it."
-    )
-    flags.DEFINE_integer("num_processes", None, "How many there are, with --coordinator.")
-    flags.DEFINE_integer("process_id", None, "Which one this is, from 0, with --coordinator.")
-    flags.DEFINE_integer(
-        "process_timeout", 300, "Seconds to wait for all processes to start.", lower_bound=1
-    )
 
 
 class Place(NamedTuple):
@@ -62,34 +52,6 @@ class Place(NamedTuple):
     coordinator: str | None
     num_processes: int | None
     process_id: int | None
-
-
-def place_from_flags() -> Place | None:
-    """Where to meet the other processes, or None if there are none.
-
-    Raises:
-      UserError: the flags are incomplete or contradict each other.
-    """
-    given = flags.FLAGS
-    asked = (given.coordinator, given.num_processes, given.process_id)
-    if asked == (None, None, None):
-        return Place(None, None, None) if launched_together() else None
-    if None in asked:
-        raise UserError(
-            "--coordinator, --num_processes and --process_id belong together, and "
-            f"{sum(value is None for value in asked)} of them are missing: pass all three"
-        )
-    host, _, port = given.coordinator.rpartition(":")
-    if not host or not port.isdigit():
-        raise UserError(
-            f"--coordinator is {given.coordinator!r}: use HOST:PORT, such as 10.0.0.1:1234"
-        )
-    if not 0 <= given.process_id < given.num_processes:
-        raise UserError(
-            f"--process_id is {given.process_id} of --num_processes={given.num_processes}: "
-            f"number them from 0 to {given.num_processes - 1}"
-        )
-    return Place(*asked)
 
 
 def launched_together() -> bool:
@@ -110,20 +72,20 @@ def on_tpu_vm() -> bool:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Joins the other processes that flags or the environment tell of; leaves them at the end.
+def together(place: Place | None, timeout: int) -> Iterator[None]:
+    """Joins the other processes, None where there are none; leaves them at the end.
 
     To be entered before JAX touches a device. Within it, a process that dies ends all others
     with exit code 1; so does leaving it by an exception.
 
-    Raises:
-      UserError: the flags are wrong.
+    Args:
+      place: where they meet.
+      timeout: seconds to wait until all have started.
     """
-    place = place_from_flags()
     if place is None:
         yield
         return
-    _connect(place, flags.FLAGS.process_timeout)
+    _connect(place, timeout)
     if jax.process_count() == 1:  # a single host of TPUs
         yield
         return
@@ -328,46 +290,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-# --- Stop: signals become a flag that the loop reads --------------------------------------
-
-
-class StopSignal:
-    """Within this context SIGTERM, SIGHUP and Ctrl-C set `requested`.
-
-    A second Ctrl-C interrupts. SIGHUP comes when a terminal or a connection is closed; where it
-    was ignored from the beginning, as under `nohup`, it stays so. Of several processes, any of
-    which may have got the signal, `requested` is set in all of them by `reached` at the same
-    step; JAX listens to SIGTERM there.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def reached(self, step: int) -> bool:
-        """Whether to stop at this step, the same in every process; to be asked at each step."""
-        if jax.process_count() > 1:
-            self.requested |= multihost_utils.reached_preemption_sync_point(step)
-        return self.requested
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    def __enter__(self) -> "StopSignal":
-        several = jax.process_count() > 1
-        heard = {signal.SIGINT, signal.SIGHUP} | (set() if several else {signal.SIGTERM})
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            heard.remove(signal.SIGHUP)
-        for number in heard:
-            handler = self._pass_on if several else self._handle
-            self._previous[number] = signal.signal(number, handler)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+def say(message: str) -> None:
+    """Prints, in one process, what all of them know."""
+    if is_first():
+        print(message)

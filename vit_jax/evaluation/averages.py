@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vit_jax.data.on_device import Batch, Prepare
 from vit_jax.evaluation.ranking import Ranking, mean_average_precision
 from vit_jax.objectives.multi_label import RANKING
 
@@ -53,3 +54,16 @@ def evaluate(
         tell_ranking(ranking)
         averages["mAP"] = mean_average_precision(ranking)
     return averages
+
+
+def make_eval_step(
+    objective: Any, prepare: Prepare
+) -> Callable[[Any, Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
+    """Returns `step(params, extra, batch) -> {name: (sum, count)}`, to be jitted."""
+
+    def step(params: Any, extra: Any, batch: Batch) -> Any:
+        key = jax.random.key(0)  # evaluation draws nothing; the signature asks for a key
+        _, (metrics, _) = objective.loss(params, extra, prepare(batch, key), key, False)
+        return metrics
+
+    return step

@@ -13,12 +13,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vit_jax.checkpoints.trained import Trained
+from vit_jax.data import on_device
 from vit_jax.data.decode import decode
 from vit_jax.data.sources import image_files
 from vit_jax.data.transforms import language
 from vit_jax.distributed import sharding
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
 
 MEASURED_FROM = 2048  # images for each device; for fewer, measuring takes longer than it saves
 
@@ -137,7 +137,7 @@ def apply_to_images(
     program is compiled once. `function` maps (B, K) logits and the model's intermediates to
     an array with leading axis B. Without a `batch_size` the fastest is chosen.
     """
-    prepare = experiment.prepare_for_eval(model.config)
+    prepare = on_device.prepare_for_eval(model.config)
 
     @jax.jit
     def compute(params: Any, images: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from vit_jax.planning.program import Collective, Mover, Program
 from vit_jax.planning.roofline import Roofline
 from vit_jax.planning.target import Target
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
+from vit_jax.training.program import Learning, build_learning
 
 MOVERS = 10  # how many of the largest movers of bytes a plan keeps
 
@@ -122,7 +122,7 @@ def make_plan(
     num_classes: int,
     examples: int,
     batch_size: int,
-    build: experiment.Builder = registry.build,
+    build: registry.Builder = registry.build,
 ) -> Plan:
     """Traces and compiles the training step of `config` with `batch_size` examples.
 
@@ -140,14 +140,14 @@ def make_plan(
     """
     mesh = sharding.make_mesh(config.mesh, target.devices)
     sharding.check_batch_size("the batch", batch_size, mesh, config.accumulation)
-    learning = experiment.build_learning(config, mesh, num_classes, examples, build)
+    learning = build_learning(config, mesh, num_classes, examples, build)
     clock = _Clock()
     traced = _trace(config, learning, mesh, batch_size)
     counted = executed = products.product_flops(traced.jaxpr.jaxpr)
     if config.model.remat != "none":
         plain = config.copy_and_resolve_references()
         plain.model.remat = "none"
-        again = experiment.build_learning(plain, mesh, num_classes, examples, build)
+        again = build_learning(plain, mesh, num_classes, examples, build)
         counted = products.product_flops(_trace(plain, again, mesh, batch_size).jaxpr.jaxpr)
     clock.note("trace")
     lowered = traced.lower()
@@ -240,9 +240,7 @@ def undivided(state: Any, mesh: jax.sharding.Mesh) -> tuple[str, ...]:
     )
 
 
-def _trace(
-    config: ConfigDict, learning: experiment.Learning, mesh: jax.sharding.Mesh, size: int
-) -> Any:
+def _trace(config: ConfigDict, learning: Learning, mesh: jax.sharding.Mesh, size: int) -> Any:
     """The training step for a batch as `data.pipeline.train_batches` yields it."""
     where = sharding.split_batch(mesh)
     batch = {

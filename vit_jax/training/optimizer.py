@@ -6,7 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from ml_collections import ConfigDict
 
+from vit_jax import config as configuration
 from vit_jax.system.errors import UserError
 
 Schedule = Callable[[Any], jax.Array]
@@ -119,3 +121,18 @@ def make_optimizer(config: Any, schedule: Schedule) -> optax.GradientTransformat
         return optax.chain(clip, direction, decay, descend)
     relative = optax.scale_by_learning_rate(lambda step: schedule(step) / config.lr)
     return optax.chain(clip, direction, optax.scale(config.lr), decay, relative)
+
+
+def build_schedule(config: ConfigDict, examples: int) -> Schedule:
+    """The learning rate of each update; `examples` is the size of an epoch."""
+    optimizer = config.optimizer
+    duration = lambda node, name: configuration.steps(node, name, examples, config.batch_size)
+    return make_schedule(
+        optimizer.schedule,
+        optimizer.lr,
+        total=duration(config, "total"),
+        warmup=duration(optimizer, "warmup"),
+        cooldown=duration(optimizer, "cooldown"),
+        timescale=duration(optimizer, "timescale"),
+        linear_end=optimizer.linear_end,
+    )

@@ -7,12 +7,12 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from vit_jax.checkpoints.directory import load_card
+from vit_jax.data import reading
 from vit_jax.data.rehearsal import rehearse
 from vit_jax.data.sources.classes import as_classes, some
 from vit_jax.data.sources.source import Source
 from vit_jax.distributed import processes
 from vit_jax.system.errors import UserError
-from vit_jax.training import experiment
 
 
 def open_sources(config: ConfigDict, classes: tuple[str, ...]) -> tuple[Source, Source]:
@@ -22,10 +22,10 @@ def open_sources(config: ConfigDict, classes: tuple[str, ...]) -> tuple[Source, 
       UserError: they cannot be opened, or there are classes to evaluate that are not trained.
     """
     data = config.data
-    source = experiment.open_source(config, data.train_split)
+    source = reading.open_source(config, data.train_split)
     if set(classes) == set(source.class_names):
         source = as_classes(source, classes) or source
-    found = experiment.open_source(config, data.eval_split)
+    found = reading.open_source(config, data.eval_split)
     eval_source = as_classes(found, source.class_names)
     if eval_source is None:
         raise UserError(

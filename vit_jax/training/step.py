@@ -1,4 +1,4 @@
-"""One update, and one evaluation of a batch: pure functions of state and data."""
+"""One update: a pure function of state and data."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vit_jax.data.on_device import Batch, Prepare
 from vit_jax.training.optimizer import Schedule
-
-Batch = dict[str, jax.Array]
-# Turns uint8 images into what the model eats: normalises and, in training, mixes.
-Prepare = Callable[[Batch, jax.Array], Batch]
 
 
 @flax.struct.dataclass
@@ -106,18 +103,5 @@ def make_train_step(
         metrics = {f"train/{name}": total / count for name, (total, count) in sums.items()}
         metrics |= {"lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, ema, extra), metrics
-
-    return step
-
-
-def make_eval_step(
-    objective: Any, prepare: Prepare
-) -> Callable[[Any, Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
-    """Returns `step(params, extra, batch) -> {name: (sum, count)}`, to be jitted."""
-
-    def step(params: Any, extra: Any, batch: Batch) -> Any:
-        key = jax.random.key(0)  # evaluation draws nothing; the signature asks for a key
-        _, (metrics, _) = objective.loss(params, extra, prepare(batch, key), key, False)
-        return metrics
 
     return step

@@ -1,0 +1,60 @@
+"""Objectives by name."""
+
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from vit_jax.data.mixing import build_mixing
+from vit_jax.models import registry
+from vit_jax.models.model import Model
+from vit_jax.models.registry import Builder, build_model
+from vit_jax.objectives.classification import Classification
+from vit_jax.objectives.masked_patches import MaskedPatches
+from vit_jax.objectives.multi_label import MultiLabel
+from vit_jax.system.errors import UserError
+
+Objective = Classification | MultiLabel | MaskedPatches
+
+OBJECTIVES = ("classification", "masked_patches")
+
+
+def class_names(config: ConfigDict, found: Sequence[str]) -> tuple[str, ...]:
+    """The classes that the model has outputs for: those of the data, or none."""
+    return tuple(found) if config.objective.name == "classification" else ()
+
+
+def build_objective(
+    config: ConfigDict, num_classes: int, build: Builder = registry.build
+) -> Objective:
+    """Raises UserError for an objective that does not exist or does not fit the rest."""
+    objective = config.objective
+    if objective.name not in OBJECTIVES:
+        raise UserError(
+            f"objective.name is {objective.name!r}: use one of {', '.join(OBJECTIVES)}"
+        )
+    if objective.name == "classification":
+        return classify(config, build_model(config, num_classes, build))
+    if build_mixing(config).mixes:
+        raise UserError(
+            f"data.mixup is {config.data.mixup} and data.cutmix {config.data.cutmix}, which "
+            f"mix labels, but objective.name={objective.name!r} has none: set both to 0"
+        )
+    return MaskedPatches(build_model(config, 0, build), objective.target, objective.mask_ratio)
+
+
+def classify(config: ConfigDict, model: Model) -> Classification | MultiLabel:
+    """Learning, or measuring, of labels by the logits of `model`. Raises UserError."""
+    objective, several = config.objective, config.data.multi_label
+    if not several:
+        return Classification(model, objective.loss, objective.label_smoothing)
+    if objective.loss != "sigmoid" or objective.label_smoothing:
+        field, value, need = (
+            ("label_smoothing", objective.label_smoothing, 0)
+            if objective.loss == "sigmoid"
+            else ("loss", objective.loss, "sigmoid")
+        )
+        raise UserError(
+            f"data.multi_label is {several!r}, so that images have several labels, but "
+            f"objective.{field} is {value!r}: set objective.{field}={need}"
+        )
+    return MultiLabel(model)
