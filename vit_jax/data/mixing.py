@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vit_jax.data import mixing
 from vit_jax.system.errors import UserError
 
 FORMS = ("google", "timm")
@@ -119,10 +118,10 @@ def _outside_box(key: jax.Array, size: tuple[int, ...], weight: jax.Array) -> ja
     return 1.0 - inside
 
 
-def build_mixing(config: ConfigDict) -> mixing.Mixing:
+def build_mixing(config: ConfigDict) -> Mixing:
     """Raises UserError for a value of `config.data` that mixing cannot have."""
     data = config.data
-    return mixing.Mixing(
+    return Mixing(
         data.mixup,
         data.cutmix,
         data.mix_probability,
