@@ -15,7 +15,7 @@ from vit_jax.distributed import sharding
 from vit_jax.models import vit
 from vit_jax.models.devices import split_by_example
 from vit_jax.models.layers import store_in
-from vit_jax.models.model import Model
+from vit_jax.models.model import Model, one_size_only
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives.classification import Classification
 from vit_jax.training.optimizer import make_optimizer
@@ -91,7 +91,7 @@ def flax_layers(cfg: ViTConfig, dtype: Any = None) -> Model:
     def apply(params: Any, images: jax.Array, **_: Any) -> Any:
         return cast(jax.Array, module.apply({"params": params}, images)), {}
 
-    return Model(cfg, init, apply)
+    return Model(cfg, init, apply, one_size_only(cfg))
 
 
 def for_flax(params: Any, depth: int) -> Any:

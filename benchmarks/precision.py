@@ -179,7 +179,8 @@ def train(data: str, splits: Any, way: str, seed: int) -> dict[str, Any]:
             state, metrics = step(state, {"image": images[rows], "label": labels[rows]})
             losses.append(metrics["train/loss"])
         predict = jax.jit(lambda p, x: objective.model.apply(p, x)[0].argmax(-1))
-        parts = [predict(state.params, held[i : i + 500]) for i in range(0, len(held), 500)]
+        weights = state.params["model"]
+        parts = [predict(weights, held[i : i + 500]) for i in range(0, len(held), 500)]
     accuracy = float((np.concatenate(parts) == answers).mean())
     return {"data": data, "way": way, "seed": seed, "accuracy": accuracy,
             "losses": [round(float(loss), 4) for loss in losses]}  # fmt: skip

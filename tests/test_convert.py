@@ -13,7 +13,7 @@ from tests.tiny_config import tiny
 from vit_jax import convert
 from vit_jax.checkpoints import trained
 from vit_jax.distributed import sharding
-from vit_jax.interop.resize_positions import resize_embedding
+from vit_jax.models.resize_positions import resize_embedding
 from vit_jax.system.errors import UserError
 from vit_jax.training import trainer
 

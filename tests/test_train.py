@@ -400,7 +400,7 @@ def test_a_tanh_layer_stays_only_when_it_is_asked_for(tmp_path):
     run = build(resolved)
     state = begin.take_over(run.learning.init(), run, before)
     np.testing.assert_array_equal(
-        state.params["pre_logits"]["kernel"], before.params["pre_logits"]["kernel"]
+        state.params["model"]["pre_logits"]["kernel"], before.params["pre_logits"]["kernel"]
     )
 
 

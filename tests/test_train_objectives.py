@@ -10,7 +10,6 @@ from vit_jax.data import pipeline
 from vit_jax.data.on_device import prepare_for_eval
 from vit_jax.distributed import sharding
 from vit_jax.evaluation import features, few_shot
-from vit_jax.objectives import masked_patches
 from vit_jax.system.errors import UserError
 from vit_jax.training import trainer
 from vit_jax.training.logging import read_metrics
@@ -30,11 +29,19 @@ def test_masked_patches_train_and_are_fine_tuned_from(tmp_path):
     assert result["eval/count"] == 360
     assert 0 < result["eval/loss"] < 2 * np.log(8)  # of 8 classes: the digits are grey
     model = trained.load(tmp_path / "before", "best", sharding.make_mesh())
-    assert masked_patches.NAME not in model.params
-    assert "head" not in model.params
+    assert not model.params.keys() & {"model", "objective", "mask", "head"}
     assert model.class_names == ()
     config = tiny(total_steps=3.0, init_from=str(tmp_path / "before"))
     assert trainer.train(config, tmp_path / "after")["eval/accuracy"] > 0
+
+
+@pytest.mark.parametrize("before", ["masked_patches", "classification"])
+def test_masked_patches_begin_with_the_weights_of_any_run(tmp_path, before, capsys):
+    config = masked(total_steps=2.0) if before == "masked_patches" else tiny(total_steps=2.0)
+    trainer.train(config, tmp_path / "before")
+    config = masked(total_steps=2.0, init_from=str(tmp_path / "before"))
+    assert np.isfinite(trainer.train(config, tmp_path / "after")["eval/loss"])
+    assert f"begins with {tmp_path / 'before'}" in capsys.readouterr().out
 
 
 def test_the_best_weights_are_those_of_the_least_loss(tmp_path):
@@ -81,7 +88,7 @@ def test_few_shot_in_training_is_the_doors_few_shot(tmp_path):
     """Fitted by hand to the images that the seeds choose."""
     config = with_few_shot(total_steps=2.0)
     run = build(config)
-    params = run.learning.init().params
+    params = run.learning.init().params["model"]
     found = run.few_shot(params)
     source, test = run.source, run.eval_source
     model = run.learning.objective.model

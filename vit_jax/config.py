@@ -66,7 +66,7 @@ def get_config() -> ConfigDict:
     config.init_from = placeholder(str)  # weights to begin with: see vit_jax/convert.py
     config.init_resize = placeholder(
         str
-    )  # of interop/resize_positions.py; None: as their family does
+    )  # of models/resize_positions.py; None: as their family does
     _duration(config, "total")  # length of training
     _duration(config, "log_every", steps=50)
     _duration(config, "eval_every", epochs=1)

@@ -33,9 +33,10 @@ def main(positional: list[str]) -> None:
         result = train(
             *arguments, said=weight_flags.from_flags(), begin_anew=flags.FLAGS.begin_anew
         )
-    if result and processes.is_first():
-        name = next(x for x in ("accuracy", "mAP", "loss") if f"eval/{x}" in result)
-        print(f"{name} {result[f'eval/{name}']:.4f} of {result['eval/count']} examples")
+    measured = [x for x in ("accuracy", "mAP", "loss") if f"eval/{x}" in result]
+    if measured:
+        value = f"{result[f'eval/{measured[0]}']:.4f}"
+        processes.say(f"{measured[0]} {value} of {result['eval/count']} examples")
 
 
 if __name__ == "__main__":

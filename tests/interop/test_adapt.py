@@ -7,9 +7,9 @@ import pytest
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
 from vit_jax.checkpoints import trained
-from vit_jax.interop.resize_positions import resize_embedding
 from vit_jax.interop.transfer import adapt
 from vit_jax.models import vit
+from vit_jax.models.resize_positions import resize_embedding
 from vit_jax.system.errors import UserError
 from vit_jax.training import begin, trainer
 from vit_jax.training.logging import read_metrics
@@ -117,7 +117,7 @@ def test_fine_tuning_begins_where_pre_training_ended(tmp_path, capsys):
     for tree in (begun.params, begun.ema):
         begun_kernel, fresh_kernel = (
             params["Transformer"]["encoderblock"]["MlpBlock_0"]["Dense_0"]["kernel"][1]
-            for params in (tree, state.params)
+            for params in (tree["model"], state.params["model"])
         )
         assert abs(begun_kernel - fresh_kernel).max() > 1e-4
     config.init_from = str(tmp_path / "nowhere")

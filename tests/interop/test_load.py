@@ -11,8 +11,8 @@ from vit_jax.data.transforms.language import VALUE_RANGES, parse_transform
 from vit_jax.interop import checkpoints_page, google, huggingface, timm, weight_files
 from vit_jax.interop.families import FAMILIES
 from vit_jax.interop.load import load_weights
-from vit_jax.interop.resize_positions import METHODS
 from vit_jax.models.registry import variant_name
+from vit_jax.models.resize_positions import METHODS
 from vit_jax.models.variants import VARIANTS
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.system.errors import UserError

@@ -8,7 +8,8 @@ import scipy.ndimage
 
 from tests.interop.tiny_models import model
 from vit_jax.interop.families import expected_shapes, flatten
-from vit_jax.interop.resize_positions import (
+from vit_jax.models import vit
+from vit_jax.models.resize_positions import (
     METHODS,
     _geometric_points,
     resize_embedding,
@@ -16,7 +17,6 @@ from vit_jax.interop.resize_positions import (
     resize_params,
     resize_relative,
 )
-from vit_jax.models import vit
 from vit_jax.system.errors import UserError
 
 GRIDS = [((14, 14), (24, 24)), ((14, 14), (7, 7)), ((14, 14), (7, 28)), ((3, 5), (4, 2)),

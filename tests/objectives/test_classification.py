@@ -5,6 +5,7 @@ import pytest
 
 from vit_jax.models.model import Model
 from vit_jax.objectives.classification import Classification, smooth_labels
+from vit_jax.objectives.objective import Carried, only_model
 from vit_jax.system.errors import UserError
 
 LOGITS = jnp.array([[2.0, -1.0, 0.5], [0.0, 3.0, 0.0], [1.0, 1.0, -4.0], [9.0, 0.0, 0.0]])
@@ -14,13 +15,18 @@ KEY = jax.random.key(0)
 
 def objective(**fields):
     """A "model" whose logits are its input, so that only the objective is tested."""
-    model = Model(None, lambda key: {}, lambda params, images, **kwargs: (images, {}))
+    model = Model(None, lambda key: {}, lambda params, images, **kwargs: (images, {}), None)
     return Classification(model, **fields)
 
 
 def run(batch, train=True, **fields):
-    loss, (metrics, _) = objective(**fields).loss({}, {}, batch, KEY, train)
-    return float(loss), {name: tuple(map(float, value)) for name, value in metrics.items()}
+    goal, params, carried = objective(**fields), only_model({}), Carried({}, {}, {}, 0)
+    metrics = goal.evaluate(params, carried, batch)
+    if train:
+        loss, metrics, _ = goal.loss(params, carried, batch, KEY)
+        assert float(loss) == float(metrics["loss"][0] / metrics["loss"][1])
+    found = {name: tuple(map(float, value)) for name, value in metrics.items()}
+    return found["loss"][0] / found["loss"][1], found
 
 
 def test_softmax_cross_entropy():

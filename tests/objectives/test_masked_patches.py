@@ -13,6 +13,7 @@ from vit_jax.models.resnet import ResNetConfig
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.objectives import masked_patches
 from vit_jax.objectives.masked_patches import MaskedPatches
+from vit_jax.objectives.objective import Carried
 from vit_jax.system.errors import UserError
 
 KEY = jax.random.key(0)
@@ -74,11 +75,10 @@ def test_the_loss_is_the_mean_over_corrupted_patches(target):
     task, data = objective(target), batch()
     data["mask"] = jnp.array([1.0, 1.0, 0.0])
     params, extra = task.init(KEY)
-    loss, (metrics, _) = task.loss(params, extra, data, KEY, False)
+    loss, metrics, _ = task.loss(params, Carried({}, {}, extra, 0), data, KEY)
 
     corruption = masked_patches.corrupt(jax.random.split(KEY)[0], 3, 6, 0.5)
-    model = {k: v for k, v in params.items() if k != masked_patches.NAME}
-    own = params[masked_patches.NAME]
+    model, own = params["model"], params["objective"]
 
     def edit(tokens):
         tokens = np.array(tokens)
@@ -118,15 +118,13 @@ def test_what_is_masked_is_not_seen():
     """Changing a masked patch changes its target, and nothing that the encoder sees."""
     task, data = objective(), batch()
     params, _ = task.init(KEY)
-    params["head"] = None
     corruption = masked_patches.corrupt(jax.random.split(KEY)[0], 3, 6, 0.5)
     i, n = np.argwhere(np.asarray(corruption.masked))[0]
     users = (np.asarray(corruption.source[i]) == n) & ~np.asarray(corruption.masked[i])
     if users.any():  # a swapped patch shows it elsewhere
         pytest.fail("choose another key for this test")
     y, x = 8 * (n // 3), 8 * (n % 3)
-    model = {k: v for k, v in params.items() if k not in (masked_patches.NAME, "head")}
-    own = params[masked_patches.NAME]
+    model, own = params["model"], params["objective"]
 
     def encoded(images):
         def edit(tokens):
@@ -139,6 +137,19 @@ def test_what_is_masked_is_not_seen():
     np.testing.assert_array_equal(encoded(changed), encoded(data["image"]))
 
 
+def test_evaluation_corrupts_an_image_the_same_way_in_every_batch():
+    task, data = objective(), batch(count=4)
+    params, _ = task.init(KEY)
+    losses = lambda rows: task.evaluate(
+        params, Carried({}, {}, {}, 0), {k: v[rows] for k, v in data.items()}
+    )["loss"]
+    whole = losses(jnp.arange(4))
+    parts = [losses(jnp.array(rows)) for rows in ([3], [1, 0], [2])]
+    assert float(whole[0]) == pytest.approx(sum(float(x) for x, _ in parts), rel=1e-5)
+    keys = jax.random.key_data(masked_patches.keys_of(data["pixels"]))
+    assert len({tuple(map(int, key)) for key in keys}) == 4  # and no two images alike
+
+
 @pytest.mark.parametrize("target", masked_patches.TARGETS)
 def test_it_learns(target):
     task = objective(target, size=(16, 16), channels=1)
@@ -148,8 +159,10 @@ def test_it_learns(target):
 
     @jax.jit
     def step(params, state, key):
-        grad = jax.value_and_grad(task.loss, has_aux=True)
-        (loss, _), grads = grad(params, extra, data, key, True)
+        carried = Carried({}, {}, extra, 0)
+        loss, grads = jax.value_and_grad(lambda p: task.loss(p, carried, data, key).loss)(
+            params
+        )
         updates, state = optimizer.update(grads, state)
         return optax.apply_updates(params, updates), state, loss
 

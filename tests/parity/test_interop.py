@@ -21,8 +21,8 @@ from vit_jax.data.transforms.language import normalize, parse_transform
 from vit_jax.interop import google, huggingface, timm
 from vit_jax.interop.families import expected_shapes, nest
 from vit_jax.interop.load import load_weights
-from vit_jax.interop.resize_positions import resize_params
 from vit_jax.models import vit
+from vit_jax.models.resize_positions import resize_params
 
 pytestmark = [
     pytest.mark.parity,

@@ -11,7 +11,7 @@ from tests.parity.networks import assert_close, images, ours, randomize, timm_mo
 from vit_jax.checkpoints import trained
 from vit_jax.interop.channels import adapt_first
 from vit_jax.interop.load import load_weights
-from vit_jax.interop.resize_positions import resize_params
+from vit_jax.models.resize_positions import resize_params
 from vit_jax.system.errors import UserError
 
 pytestmark = [

@@ -87,7 +87,7 @@ def curve(axes, which, accumulation=1, remat="none", steps=4):
         if shard.device == device
     )
     assert held == sharding.bytes_per_device(jax.eval_shape(init), mesh)
-    params = jax.device_get(state.ema)
+    params = jax.device_get(state.ema["model"])
     return (
         losses,
         unstack_layers(params) if "encoderblock" in params["Transformer"] else params,

@@ -10,6 +10,7 @@ from vit_jax.distributed import sharding
 from vit_jax.evaluation.averages import make_eval_step
 from vit_jax.models import vit
 from vit_jax.objectives.classification import Classification
+from vit_jax.objectives.objective import Carried
 from vit_jax.training.step import init_state, make_train_step, split_micro_batches
 
 CFG = {
@@ -25,6 +26,7 @@ CFG = {
 # Not Adam: the gradient of a key's bias is zero but for rounding, which Adam would blow up.
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 ASIS = lambda batch, key: batch
+NOTHING = Carried({}, {}, {}, jnp.int32(0))
 
 
 def objective(**fields):
@@ -55,7 +57,7 @@ def curve(devices=1, steps=6, accumulation=1, **fields):
     for i in range(steps):
         state, metrics = step(state, sharding.put_batch(batch(seed=i), mesh))
         losses.append(float(metrics["train/loss"]))
-    params = jax.device_get(state.params)
+    params = jax.device_get(state.params["model"])
     return losses, vit.unstack_layers(params) if fields.get("scan") else params
 
 
@@ -92,10 +94,10 @@ def test_each_micro_batch_draws_its_own_dropout():
     seen = []
 
     class Spy(Classification):
-        def loss(self, params, extra, batch, key, train):
+        def loss(self, params, carried, batch, key):
             record = lambda key: seen.append(tuple(map(int, key)))
             jax.debug.callback(record, jax.random.key_data(key))
-            return super().loss(params, extra, batch, key, train)
+            return super().loss(params, carried, batch, key)
 
     goal = Spy(objective(dropout=0.5).model)
     step = jax.jit(
@@ -148,11 +150,10 @@ def test_metrics_are_those_of_the_whole_batch():
     _, metrics = step(state, batch())
     assert float(metrics["train/loss"]) == pytest.approx(np.log(4), rel=1e-5)  # zero head
     assert float(metrics["lr"]) == pytest.approx(0.01)
-    sums = jax.jit(make_eval_step(goal, ASIS))(state.params, {}, batch())
+    sums = jax.jit(make_eval_step(goal, ASIS))(state.params, NOTHING, batch())
     assert float(sums["accuracy"][0]) / 16 == float(metrics["train/accuracy"])
-    grads = jax.grad(lambda p: goal.loss(p, {}, batch(), jax.random.key(0), True)[0])(
-        state.params
-    )
+    loss = lambda params: goal.loss(params, NOTHING, batch(), jax.random.key(0)).loss
+    grads = jax.grad(loss)(state.params)
     assert float(metrics["grad_norm"]) == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
 
 

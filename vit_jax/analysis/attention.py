@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.models import vit
-from vit_jax.models.model import Model, Out, Params
+from vit_jax.models.model import Model, Out, Params, one_size_only
 from vit_jax.models.vit_config import ViTConfig
 
 
@@ -142,4 +142,4 @@ def with_attention_summary(
         }
         return logits, out | summary
 
-    return Model(cfg, inner.init, apply), params
+    return Model(cfg, inner.init, apply, one_size_only(cfg)), params

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from vit_jax.checkpoints.trained import Trained
 from vit_jax.data import value_ranges
 from vit_jax.data.transforms import language
-from vit_jax.interop import resize_positions
 from vit_jax.interop.channels import adapt_first
-from vit_jax.models import registry, vit
+from vit_jax.models import registry, resize_positions, vit
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.system.errors import UserError

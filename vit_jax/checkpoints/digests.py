@@ -65,6 +65,12 @@ def of_json(value: Any) -> str:
     return f"{zlib_ng.crc32(json.dumps(value, sort_keys=True).encode()):08x}"
 
 
+def of_tree(tree: Any) -> str:
+    """CRC-32 of the names, shapes, dtypes and elements of a tree of arrays."""
+    arrays = {name: np.asarray(x) for name, x in named(tree).items()}
+    return of_json({n: [x.shape, str(x.dtype), of_array(x)] for n, x in arrays.items()})
+
+
 def box(index: tuple[slice, ...], shape: tuple[int, ...]) -> Box:
     """The range of global indices that `index`, of a shard of `shape`, stands for."""
     return tuple(i.indices(size)[:2] for i, size in zip(index, shape, strict=True))

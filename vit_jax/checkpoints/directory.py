@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from vit_jax.checkpoints import orbax_io
+from vit_jax.checkpoints import older, orbax_io
 from vit_jax.checkpoints.damage import agree, system_trouble
 from vit_jax.checkpoints.digests import Damaged
 from vit_jax.checkpoints.orbax_io import Card
@@ -64,7 +64,7 @@ class Checkpoints:
         self._score_to_beat()
         for step in orbax_io.steps(self.workdir / "checkpoints"):
             try:
-                return orbax_io.restore(self._path(self._last, step), target)
+                return _restore(self._path(self._last, step), target)
             except Damaged as damage:
                 self._set_aside(self._last, step, damage)
         shelf = self.workdir / "unreadable"
@@ -198,6 +198,12 @@ class Checkpoints:
                 self._best.close()
 
 
+def _restore(checkpoint: Path, target: Any) -> Any:
+    if older.layout(orbax_io.card(checkpoint)) > 1:
+        return orbax_io.restore(checkpoint, target)
+    return older.from_layout_1(orbax_io.restore(checkpoint, older.to_layout_1(target)), target)
+
+
 # --- For everybody but the run that trains ------------------------------------------------
 
 
@@ -256,20 +262,23 @@ def load_card(workdir: Path, which: str = "last") -> Card:
 
 
 def load_params(checkpoint: Path, target: Any) -> Any:
-    """Reads the weights of a checkpoint, the averaged ones where they were kept.
+    """Reads the weights of the model in a checkpoint, the averaged ones where they were kept.
 
     Args:
       checkpoint: its folder.
-      target: a tree of `jax.ShapeDtypeStruct` with shardings.
+      target: a tree of `jax.ShapeDtypeStruct` with shardings, without those of the objective.
 
     Raises:
       Damaged: it is not what was saved.
       UserError: it cannot be read now.
     """
     # Only whole states have both; what `best` holds is named `params` whatever it is.
-    averaged = orbax_io.card(checkpoint)["config"].get("ema_decay")
+    card = orbax_io.card(checkpoint)
+    averaged = card.get("averaged", bool(card["config"].get("ema_decay")))
     name = "ema" if averaged and checkpoint.parent.name == "checkpoints" else "params"
-    return orbax_io.restore(checkpoint, {name: target})[name]
+    if older.layout(card) == 1:
+        return orbax_io.restore(checkpoint, {name: target})[name]
+    return orbax_io.restore(checkpoint, {name: {"model": target}})[name]["model"]
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

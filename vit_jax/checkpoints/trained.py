@@ -11,18 +11,17 @@ from ml_collections import ConfigDict
 
 import vit_jax
 from vit_jax import config as configuration
-from vit_jax.checkpoints import orbax_io
+from vit_jax.checkpoints import older, orbax_io
 from vit_jax.checkpoints.directory import Checkpoints, abstract, first_intact, load_params
 from vit_jax.distributed import sharding
-from vit_jax.interop import download, resize_positions, stated
+from vit_jax.interop import download, stated
 from vit_jax.interop.load import Imported, load_weights
 from vit_jax.interop.stated import Stated
-from vit_jax.models import registry
+from vit_jax.models import registry, resize_positions
 from vit_jax.models.layers import store_in
 from vit_jax.models.model import Model, Params
 from vit_jax.models.vit_config import ViTConfig
-from vit_jax.objectives import masked_patches
-from vit_jax.objectives.registry import build_objective
+from vit_jax.objectives.objective import only_model
 from vit_jax.system.atomic import replacing
 from vit_jax.system.errors import UserError
 
@@ -37,7 +36,7 @@ class Trained(NamedTuple):
       params: its parameters.
       step: number of updates, 0 where that is not known.
       family: whose code the weights come from: `vit_jax`, or a name of `interop.families`.
-      resize: how that code resizes position embeddings, of `interop.resize_positions.METHODS`.
+      resize: how that code resizes position embeddings, of `models.resize_positions.METHODS`.
       notes: sentences about what was left out or assumed.
       input_size: (H, W) of the images that the evaluation transform makes, where the positions
         are still for others: see `load_any`.
@@ -113,11 +112,8 @@ def _open(checkpoint: Path, mesh: Mesh) -> Trained:
     config = configuration.from_dict(card["config"])
     class_names = tuple(card["class_names"])
     model = registry.build_model(config, len(class_names))
-    objective = build_objective(config, len(class_names))
-    shapes, _ = jax.eval_shape(objective.init, jax.random.key(0))
-    target = abstract(shapes, sharding.replicated(mesh))
-    params = load_params(checkpoint, target)
-    params.pop(masked_patches.NAME, None)  # of the objective, not of the model
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    params = load_params(checkpoint, abstract(shapes, sharding.replicated(mesh)))
     family, resize = card.get("family", "vit_jax"), card.get("resize", "corner")
     return Trained(
         config,
@@ -217,10 +213,12 @@ def export(trained: Trained, folder: Path) -> None:
         "vit_jax": vit_jax.__version__,
         "multi_label": trained.multi_label,
         "unprepared": trained.unprepared,
+        "layout": older.LAYOUT,
+        "averaged": False,
     }
     with replacing(folder) as part:
         part.mkdir()
         with Checkpoints(part, 1) as checkpoints:
-            checkpoints.save_if_best(trained.step, trained.params, card, 0.0)
+            checkpoints.save_if_best(trained.step, only_model(trained.params), card, 0.0)
         (part / "checkpoints").rmdir()
         (part / "config.json").write_text(json.dumps(card["config"], indent=2) + "\n")

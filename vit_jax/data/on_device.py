@@ -1,6 +1,6 @@
 """What becomes of a batch on the device: values for the network, and mixing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,12 +33,15 @@ def prepare_for_eval(config: ConfigDict) -> Prepare:
     return prepare
 
 
-def prepare_for_training(config: ConfigDict, num_classes: int) -> Prepare:
-    """The same, then mixup and CutMix where the configuration asks for them."""
+def prepare_for_training(
+    config: ConfigDict, num_classes: int, views: Sequence[str] = ()
+) -> Prepare:
+    """The same, of `views` too, then mixup and CutMix where the configuration asks for them."""
     normalize, how = prepare_for_eval(config), build_mixing(config)
 
     def prepare(batch: Batch, key: jax.Array) -> Batch:
-        batch = normalize(batch, key)
+        crops = {name: normalize({"image": batch[name]}, key)["image"] for name in views}
+        batch = normalize({**batch, **crops}, key)
         if not how.mixes:
             return batch
         targets = batch.get("targets")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -18,6 +19,7 @@ from vit_jax.evaluation.averages import evaluate, make_eval_step
 from vit_jax.evaluation.ranking import Ranking
 from vit_jax.models.model import Model
 from vit_jax.objectives import registry
+from vit_jax.objectives.objective import Carried, only_model
 
 
 def evaluate_trained(
@@ -44,9 +46,10 @@ def evaluate_trained(
         make_eval_step(objective, on_device.prepare_for_eval(config)),
         out_shardings=sharding.replicated(mesh),
     )
+    params, carried = only_model(model.params), Carried({}, {}, {}, jnp.int32(model.step))
     averages = over_batches(
         lambda batches: evaluate(
-            lambda batch: step(model.params, {}, batch), batches, tell_ranking=tell_ranking
+            lambda batch: step(params, carried, batch), batches, tell_ranking=tell_ranking
         ),
         model,
         source,

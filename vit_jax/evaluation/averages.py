@@ -9,12 +9,11 @@ import numpy as np
 from vit_jax.data.on_device import Batch, Prepare
 from vit_jax.evaluation.ranking import Ranking, mean_average_precision
 from vit_jax.objectives.multi_label import RANKING
-
-Sums = dict[str, tuple[jax.Array, jax.Array]]
+from vit_jax.objectives.objective import Carried, Metrics, Objective, Params
 
 
 def evaluate(
-    eval_step: Callable[[Any], Sums],
+    eval_step: Callable[[Any], Metrics],
     batches: Iterable[Any],
     should_stop: Callable[[], bool] = lambda: False,
     tell_ranking: Callable[[Ranking], object] = lambda ranking: None,
@@ -30,7 +29,7 @@ def evaluate(
     Returns:
       {name: average, "count": number of examples}, or None when told to stop midway.
     """
-    results: list[Sums] = []
+    results: list[Metrics] = []
     ranked: list[Any] = []
     for batch in batches:
         if should_stop():
@@ -57,13 +56,12 @@ def evaluate(
 
 
 def make_eval_step(
-    objective: Any, prepare: Prepare
-) -> Callable[[Any, Any, Batch], dict[str, tuple[jax.Array, jax.Array]]]:
-    """Returns `step(params, extra, batch) -> {name: (sum, count)}`, to be jitted."""
+    objective: Objective, prepare: Prepare
+) -> Callable[[Params, Carried, Batch], Metrics]:
+    """Returns `step(params, carried, batch) -> {name: (sum, count)}`, to be jitted."""
 
-    def step(params: Any, extra: Any, batch: Batch) -> Any:
-        key = jax.random.key(0)  # evaluation draws nothing; the signature asks for a key
-        _, (metrics, _) = objective.loss(params, extra, prepare(batch, key), key, False)
-        return metrics
+    def step(params: Params, carried: Carried, batch: Batch) -> Metrics:
+        # Nothing is drawn here; only the signature of `prepare` asks for a key.
+        return objective.evaluate(params, carried, prepare(batch, jax.random.key(0)))
 
     return step

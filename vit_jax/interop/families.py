@@ -35,7 +35,7 @@ class Family:
     Attributes:
       gelu: `tanh` | `erf`.
       layer_norm_eps: epsilon of every LayerNorm.
-      posemb_resize: a name of `interop.resize_positions.METHODS`.
+      posemb_resize: a name of `models.resize_positions.METHODS`.
       value_range: for `data.value_ranges`.
       transform: how images are brought to size for evaluation, for
         `data.transforms.language`; where they are cropped, `SHORTER` stands for the shorter
@@ -99,7 +99,7 @@ class Imported:
       class_names: one name an output, if the file has them.
       value_range: for `data.value_ranges`.
       eval_transform: for `data.transforms.language.parse_transform`.
-      posemb_resize: a name of `interop.resize_positions.METHODS`.
+      posemb_resize: a name of `models.resize_positions.METHODS`.
       notes: sentences about what was left out or assumed.
       input_size: (H, W) of the images that `eval_transform` makes, where they are not those
         that the positions of `cfg` are for.

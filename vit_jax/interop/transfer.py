@@ -7,10 +7,10 @@ the same width.
 
 from vit_jax.interop.channels import adapt_first
 from vit_jax.interop.families import flatten
-from vit_jax.interop.resize_positions import resize_params
 from vit_jax.models import vit
 from vit_jax.models.model import Params
 from vit_jax.models.registry import ModelConfig
+from vit_jax.models.resize_positions import resize_params
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.system.errors import UserError
 
@@ -29,7 +29,7 @@ def adapt(
       old: what they were trained as.
       fresh: initial parameters of `new`, which the head is taken from.
       new: what they shall become.
-      resize: a name of `interop.resize_positions.METHODS`.
+      resize: a name of `models.resize_positions.METHODS`.
 
     Returns:
       The parameters, in the layout (scanned or not) of `new`, and sentences about what changed.

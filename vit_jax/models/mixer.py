@@ -31,7 +31,7 @@ from vit_jax.models.layers import (
     patchify,
     remat_policy,
 )
-from vit_jax.models.model import EditPatches, Model, Out, Params
+from vit_jax.models.model import EditPatches, Model, Out, Params, one_size_only
 from vit_jax.system.errors import UserError
 
 CHOICES = {
@@ -188,12 +188,13 @@ def build(cfg: MixerConfig) -> Model:
         rngs: dict[str, jax.Array] | None = None,
         return_attention: bool = False,
         edit_patches: EditPatches | None = None,
+        keep: jax.Array | None = None,
     ) -> tuple[jax.Array, Out]:
-        if edit_patches is not None:
+        if edit_patches is not None or keep is not None:
             raise UserError("a Mixer has no patches to mask: use a Vision Transformer")
         if return_attention:
             raise UserError("a Mixer has no attention to look at: use a Vision Transformer")
         module = MlpMixer(cfg, train)
         return cast(tuple[jax.Array, Out], module.apply({"params": params}, images, rngs=rngs))
 
-    return Model(cfg, init, apply)
+    return Model(cfg, init, apply, one_size_only(cfg))

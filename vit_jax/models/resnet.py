@@ -266,11 +266,15 @@ def build(cfg: ResNetConfig) -> Model:
         rngs: dict[str, jax.Array] | None = None,
         return_attention: bool = False,
         edit_patches: EditPatches | None = None,
+        keep: jax.Array | None = None,
     ) -> tuple[jax.Array, Out]:
-        if edit_patches is not None:
+        if edit_patches is not None or keep is not None:
             raise UserError("a ResNet has no patches to mask: use a Vision Transformer")
         if return_attention:
             raise UserError("a ResNet has no attention to look at: use a Vision Transformer")
         return cast(tuple[jax.Array, Out], module.apply({"params": params}, images, rngs=rngs))
 
-    return Model(cfg, init, apply)
+    def at(image_size: tuple[int, int], method: str = "corner") -> Model:
+        return build(dataclasses.replace(cfg, image_size=image_size))  # it has no positions
+
+    return Model(cfg, init, apply, at)

@@ -16,7 +16,7 @@ whose arrays have a leading layer axis.
 
 import dataclasses
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -39,8 +39,10 @@ from vit_jax.models.layers import (
 )
 from vit_jax.models.model import EditPatches, Model, Out, Params
 from vit_jax.models.positions import PositionEmbedding, RelativeBias
+from vit_jax.models.resize_positions import resize_params
 from vit_jax.models.resnet import reduction, resnet_features
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.system.errors import UserError
 
 
 class MultiHeadDotProductAttention(nn.Module):
@@ -141,6 +143,7 @@ class Encoder(nn.Module):
     cfg: ViTConfig
     train: bool
     return_attention: bool
+    keep: jax.Array | None = None
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> tuple[jax.Array, Out]:
@@ -151,6 +154,8 @@ class Encoder(nn.Module):
             z, shared = (
                 (tokens, table) if cfg.posemb_at == "shared" else (add(tokens, table), None)
             )
+        if self.keep is not None:
+            z = keep_patches(z, self.keep, cfg)
         if cfg.registers:
             init = nn.initializers.normal(0.02)
             registers = self.param("registers", init, (1, cfg.registers, cfg.width))
@@ -192,6 +197,23 @@ class Encoder(nn.Module):
         )(cfg, self.train, self.return_attention, name="encoderblock")
         z, stacked = layers(z, jnp.asarray(cfg.block_rates), shared)
         return z, [{k: v[i] for k, v in stacked.items()} for i in range(cfg.depth)]
+
+
+def keep_patches(z: jax.Array, keep: jax.Array, cfg: ViTConfig) -> jax.Array:
+    """(B, T, D) tokens with positions to the class token and the (B, M) patches `keep`.
+
+    Raises:
+      UserError: later layers need to know where each patch is.
+    """
+    if cfg.posemb_at != "stem" or cfg.relative != "none":
+        raise UserError(
+            f"model.posemb_at={cfg.posemb_at!r} and model.relative={cfg.relative!r} add "
+            f"positions in every layer, where patches that were left out cannot be told: use "
+            f"'stem' and 'none'"
+        )
+    before = cfg.positioned_prefix
+    kept = jnp.take_along_axis(z[:, before:], keep[..., None], axis=1)
+    return jnp.concatenate([z[:, :before], kept], axis=1)
 
 
 # Up to so many layers a TPU's program has them one after another; more would compile too long.
@@ -236,6 +258,7 @@ class VisionTransformer(nn.Module):
     train: bool = False
     return_attention: bool = False
     edit_patches: EditPatches | None = None
+    keep: jax.Array | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array) -> tuple[jax.Array, Out]:
@@ -243,7 +266,7 @@ class VisionTransformer(nn.Module):
         if images.shape[1:] != (*cfg.image_size, cfg.channels):
             raise ValueError(
                 f"images of shape {images.shape[1:]} given to a model built for "
-                f"{(*cfg.image_size, cfg.channels)}"
+                f"{(*cfg.image_size, cfg.channels)}: use `Model.at` for another size"
             )
         features, patch = images, cfg.patch_size
         if cfg.resnet is not None:  # a hybrid cuts patches from a feature map
@@ -255,7 +278,8 @@ class VisionTransformer(nn.Module):
         tokens = patches if self.edit_patches is None else self.edit_patches(patches)
         tokens = self.prepend("dist", tokens) if cfg.distillation != "none" else tokens
         tokens = self.prepend("cls", tokens) if cfg.has_class_token else tokens
-        z, out = Encoder(cfg, self.train, self.return_attention, name="Transformer")(tokens)
+        encoder = Encoder(cfg, self.train, self.return_attention, self.keep, name="Transformer")
+        z, out = encoder(tokens)
         y = self.pool(z).astype(jnp.float32)  # from here on: one vector an image
         if cfg.final_norm == "pooled":
             y = layer_norm(cfg.layer_norm_eps, "float32", "fc_norm")(y)
@@ -334,8 +358,19 @@ def build(cfg: ViTConfig) -> Model:
         rngs: dict[str, jax.Array] | None = None,
         return_attention: bool = False,
         edit_patches: EditPatches | None = None,
+        keep: jax.Array | None = None,
     ) -> tuple[jax.Array, Out]:
-        module = VisionTransformer(cfg, train, return_attention, edit_patches)
+        module = VisionTransformer(cfg, train, return_attention, edit_patches, keep)
         return cast(tuple[jax.Array, Out], module.apply({"params": params}, images, rngs=rngs))
 
-    return Model(cfg, init, apply)
+    def at(image_size: tuple[int, int], method: str = "corner") -> Model:
+        new = dataclasses.replace(cfg, image_size=image_size)
+        other = build(new)
+
+        def apply_at(params: Params, images: jax.Array, **options: Any) -> Any:
+            resized = resize_params(params, cfg, new, method)
+            return other.apply(resized, images, **options)
+
+        return Model(new, init, apply_at, at)
+
+    return Model(cfg, init, apply, at)

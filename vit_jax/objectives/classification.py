@@ -1,17 +1,14 @@
 """Supervised classification with softmax or sigmoid cross-entropy."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from vit_jax.models.model import Model, Params
+from vit_jax.models.model import Model
+from vit_jax.objectives.objective import Batch, Carried, Metrics, Objective, Params, Result
 from vit_jax.system.errors import UserError
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 
 def smooth_labels(targets: jax.Array, smoothing: float) -> jax.Array:
@@ -35,8 +32,14 @@ def sigmoid_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 LOSSES = {"softmax": softmax_cross_entropy, "sigmoid": sigmoid_cross_entropy}
 
 
+def targets_of(batch: Batch, classes: int) -> jax.Array:
+    """(B, K) float32: `targets` where a batch has them (after mixing), else one-hot labels."""
+    targets = batch.get("targets")
+    return jax.nn.one_hot(batch["label"], classes) if targets is None else targets
+
+
 @dataclasses.dataclass(frozen=True)
-class Classification:
+class Classification(Objective):
     """Cross-entropy of a model's logits.
 
     A batch holds `image` (B, H, W, C) float32, normalised; `label` (B,) int32; optionally
@@ -51,10 +54,6 @@ class Classification:
     loss_name: str = "softmax"
     label_smoothing: float = 0.0
 
-    def score(self, metrics: dict[str, float]) -> float:
-        """What the best checkpoint has most of."""
-        return metrics["accuracy"]
-
     def __post_init__(self) -> None:
         if self.loss_name not in LOSSES:
             raise UserError(
@@ -65,23 +64,22 @@ class Classification:
                 f"objective.label_smoothing is {self.label_smoothing}: use at least 0, below 1"
             )
 
-    def init(self, key: jax.Array) -> tuple[Params, dict[str, Any]]:
-        return self.model.init(key), {}
+    def loss(self, params: Params, carried: Carried, batch: Batch, key: jax.Array) -> Result:
+        rngs = {"dropout": key}
+        logits, _ = self.model.apply(params["model"], batch["image"], train=True, rngs=rngs)
+        targets = smooth_labels(targets_of(batch, logits.shape[-1]), self.label_smoothing)
+        metrics = self._metrics(logits, targets, batch)
+        total, count = metrics["loss"]
+        return Result(total / count, metrics, {})
 
-    def loss(
-        self, params: Params, extra: dict[str, Any], batch: Batch, key: jax.Array, train: bool
-    ) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
-        rngs = {"dropout": key} if train else None
-        logits, _ = self.model.apply(params, batch["image"], train=train, rngs=rngs)
-        targets = batch.get("targets")
-        if targets is None:
-            targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
-        if train:
-            targets = smooth_labels(targets, self.label_smoothing)
+    def evaluate(self, params: Params, carried: Carried, batch: Batch) -> Metrics:
+        logits, _ = self.model.apply(params["model"], batch["image"])
+        return self._metrics(logits, targets_of(batch, logits.shape[-1]), batch)
+
+    def _metrics(self, logits: jax.Array, targets: jax.Array, batch: Batch) -> Metrics:
         losses = LOSSES[self.loss_name](logits, targets)
         correct = logits.argmax(axis=-1) == targets.argmax(axis=-1)
         mask = batch.get("mask", jnp.ones_like(losses))
         count = mask.sum()
         total = jnp.where(mask > 0, losses, 0.0).sum()
-        metrics = {"loss": (total, count), "accuracy": ((correct * mask).sum(), count)}
-        return total / count, (metrics, extra)
+        return {"loss": (total, count), "accuracy": ((correct * mask).sum(), count)}

@@ -15,7 +15,7 @@ the half is rounded).
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,23 @@ import optax
 
 from vit_jax.models.kernels import matmul
 from vit_jax.models.layers import patchify
-from vit_jax.models.model import Model, Params
+from vit_jax.models.model import Model
 from vit_jax.models.vit_config import ViTConfig
+from vit_jax.objectives.objective import (
+    Batch,
+    Carried,
+    Extra,
+    Metrics,
+    Objective,
+    Params,
+    Result,
+)
 from vit_jax.system.errors import UserError
-
-Batch = dict[str, jax.Array]
-Metrics = dict[str, tuple[jax.Array, jax.Array]]
 
 TARGETS = ("mean_colour", "small_patch", "pixels")
 LEVELS = 8  # 3 bits a channel
 CELLS = 4  # rows and columns of the small patch
 MASKED, SWAPPED = 0.8, 0.1  # of the corrupted patches; the rest stays
-# Where these parameters stand, beside those of the model.
-NAME = "masked_patches"
 
 
 class Corruption(NamedTuple):
@@ -66,6 +70,14 @@ def corrupt(key: jax.Array, batch_size: int, patches: int, ratio: float) -> Corr
     return Corruption(predicted, predicted & (fate < MASKED), jnp.where(swapped, other, own))
 
 
+def keys_of(pixels: jax.Array) -> jax.Array:
+    """(B,) random keys that depend on the (B, H, W, C) uint8 pixels of an image alone."""
+    flat = pixels.reshape(len(pixels), -1).astype(jnp.uint32)
+    # Odd weights, so that no change of a single value goes unseen; products wrap around.
+    weights = 2 * jnp.uint32(2654435761) * jnp.arange(flat.shape[1], dtype=jnp.uint32) + 1
+    return jax.vmap(jax.random.key)((flat * weights).sum(axis=1, dtype=jnp.uint32))
+
+
 def quantise(pixels: jax.Array) -> jax.Array:
     """(..., C) colours in [0, 255] to (...) int32 classes below 8^C, 3 bits a channel."""
     levels = jnp.clip(jnp.floor(pixels * LEVELS / 256), 0, LEVELS - 1).astype(jnp.int32)
@@ -82,7 +94,7 @@ def colour_classes(pixels: jax.Array, patch: int, cells: int) -> jax.Array:
 
 
 @dataclasses.dataclass(frozen=True)
-class MaskedPatches:
+class MaskedPatches(Objective):
     """Predicts corrupted patches from a model without a head.
 
     A batch holds `image` (B, H, W, C) float32, normalised; `pixels`, the same as uint8; and
@@ -95,10 +107,7 @@ class MaskedPatches:
     model: Model
     target: str = "mean_colour"
     ratio: float = 0.5
-
-    def score(self, metrics: dict[str, float]) -> float:
-        """What the best checkpoint has most of."""
-        return -metrics["loss"]
+    best = "-eval/loss"
 
     def __post_init__(self) -> None:
         cfg = self.model.config
@@ -130,7 +139,7 @@ class MaskedPatches:
         cells = CELLS if self.target == "small_patch" else 1
         return int(cells**2 * LEVELS**cfg.channels)
 
-    def init(self, key: jax.Array) -> tuple[Params, dict[str, Any]]:
+    def init(self, key: jax.Array) -> tuple[Params, Extra]:
         width = self.model.config.width
         mask_key, head_key = jax.random.split(jax.random.fold_in(key, 1))
         own = {
@@ -140,23 +149,45 @@ class MaskedPatches:
                 "bias": jnp.zeros((self.outputs,)),
             },
         }
-        return {**self.model.init(key), NAME: own}, {}
+        return {"model": self.model.init(key), "objective": own}, {}
 
-    def loss(
-        self, params: Params, extra: dict[str, Any], batch: Batch, key: jax.Array, train: bool
-    ) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
-        cfg, own = self.model.config, params[NAME]
-        model = {name: value for name, value in params.items() if name != NAME}
+    def loss(self, params: Params, carried: Carried, batch: Batch, key: jax.Array) -> Result:
         corrupt_key, dropout_key = jax.random.split(key)
-        images, patches = batch["image"], math.prod(cfg.grid)
-        corruption = corrupt(corrupt_key, len(images), patches, self.ratio)
+        images = batch["image"]
+        corruption = corrupt(corrupt_key, len(images), self._patches, self.ratio)
+        rngs = {"dropout": dropout_key}
+        metrics = self._metrics(params, batch, corruption, train=True, rngs=rngs)
+        total, count = metrics["loss"]
+        return Result(total / count, metrics, {})
+
+    def evaluate(self, params: Params, carried: Carried, batch: Batch) -> Metrics:
+        """An image is corrupted by a draw of its own, the same each time and in any batch."""
+        draw = lambda key: corrupt(key, 1, self._patches, self.ratio)
+        one_each = jax.vmap(draw)(keys_of(batch["pixels"]))
+        corruption = jax.tree.map(lambda x: x[:, 0], one_each)
+        return self._metrics(params, batch, corruption)
+
+    @property
+    def _patches(self) -> int:
+        return math.prod(self.model.config.grid)
+
+    def _metrics(
+        self,
+        params: Params,
+        batch: Batch,
+        corruption: Corruption,
+        train: bool = False,
+        rngs: dict[str, jax.Array] | None = None,
+    ) -> Metrics:
+        cfg, own, images = self.model.config, params["objective"], batch["image"]
 
         def edit(tokens: jax.Array) -> jax.Array:
             moved = jnp.take_along_axis(tokens, corruption.source[..., None], axis=1)
             return jnp.where(corruption.masked[..., None], own["mask"], moved)
 
-        rngs = {"dropout": dropout_key} if train else None
-        _, out = self.model.apply(model, images, train=train, rngs=rngs, edit_patches=edit)
+        _, out = self.model.apply(
+            params["model"], images, train=train, rngs=rngs, edit_patches=edit
+        )
         encoded = out["encoded"][:, cfg.prefix :]
         flat = matmul(encoded.reshape(-1, cfg.width), own["head"]["kernel"], cfg.dtype)
         predictions = flat.reshape(*encoded.shape[:2], -1) + own["head"]["bias"]
@@ -169,8 +200,7 @@ class MaskedPatches:
             means = values.mean(axis=1, where=corruption.predicted)
             return jnp.where(mask > 0, means, 0.0).sum()
 
-        metrics = {name: (total(values), count) for name, values in per_patch.items()}
-        return metrics["loss"][0] / count, (metrics, extra)
+        return {name: (total(values), count) for name, values in per_patch.items()}
 
     def _compare(self, predictions: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         """(B, N, outputs) predictions to (B, N) losses and, of classes, accuracies."""

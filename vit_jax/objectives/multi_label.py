@@ -1,20 +1,20 @@
 """Classification of images with several labels, or none: K yes/no questions."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from vit_jax.models.model import Model, Params
-from vit_jax.objectives.classification import Batch, Metrics, sigmoid_cross_entropy
+from vit_jax.models.model import Model
+from vit_jax.objectives.classification import sigmoid_cross_entropy, targets_of
+from vit_jax.objectives.objective import Batch, Carried, Metrics, Objective, Params, Result
 
 RANKING = "ranking"  # of the metrics: what average precision is computed from
 LEFT_OUT = -1  # in place of 0 and 1, for examples that no metric counts
 
 
 @dataclasses.dataclass(frozen=True)
-class MultiLabel:
+class MultiLabel(Objective):
     """Sigmoid cross-entropy, summed over classes.
 
     A batch holds `image` (B, H, W, C) float32, normalised; `targets` (B, K) float32, of 0 and 1
@@ -27,29 +27,28 @@ class MultiLabel:
     """
 
     model: Model
+    best = "eval/mAP"
 
-    def score(self, metrics: dict[str, float]) -> float:
-        """What the best checkpoint has most of."""
-        return metrics["mAP"]
+    def loss(self, params: Params, carried: Carried, batch: Batch, key: jax.Array) -> Result:
+        rngs = {"dropout": key}
+        logits, _ = self.model.apply(params["model"], batch["image"], train=True, rngs=rngs)
+        metrics = self._metrics(logits, targets_of(batch, logits.shape[-1]), batch)
+        total, count = metrics["loss"]
+        return Result(total / count, metrics, {})
 
-    def init(self, key: jax.Array) -> tuple[Params, dict[str, Any]]:
-        return self.model.init(key), {}
+    def evaluate(self, params: Params, carried: Carried, batch: Batch) -> Metrics:
+        logits, _ = self.model.apply(params["model"], batch["image"])
+        targets = targets_of(batch, logits.shape[-1])
+        metrics = self._metrics(logits, targets, batch)
+        mask = batch.get("mask", jnp.ones(len(logits)))
+        there = jnp.where(mask[:, None] > 0, targets, LEFT_OUT).astype(jnp.int8)
+        metrics[RANKING] = (jax.nn.sigmoid(logits.astype(jnp.float32)), there)
+        return metrics
 
-    def loss(
-        self, params: Params, extra: dict[str, Any], batch: Batch, key: jax.Array, train: bool
-    ) -> tuple[jax.Array, tuple[Metrics, dict[str, Any]]]:
-        rngs = {"dropout": key} if train else None
-        logits, _ = self.model.apply(params, batch["image"], train=train, rngs=rngs)
-        targets = batch.get("targets")
-        if targets is None:  # one label of each
-            targets = jax.nn.one_hot(batch["label"], logits.shape[-1])
+    def _metrics(self, logits: jax.Array, targets: jax.Array, batch: Batch) -> Metrics:
         losses = sigmoid_cross_entropy(logits, targets)
         mask = batch.get("mask", jnp.ones_like(losses))
         count = mask.sum()
         total = jnp.where(mask > 0, losses, 0.0).sum()
         exact = ((logits > 0) == (targets > 0.5)).all(axis=-1)
-        metrics = {"loss": (total, count), "exact_match": ((exact * mask).sum(), count)}
-        if not train:
-            there = jnp.where(mask[:, None] > 0, targets, LEFT_OUT).astype(jnp.int8)
-            metrics[RANKING] = (jax.nn.sigmoid(logits.astype(jnp.float32)), there)
-        return total / count, (metrics, extra)
+        return {"loss": (total, count), "exact_match": ((exact * mask).sum(), count)}

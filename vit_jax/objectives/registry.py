@@ -1,6 +1,6 @@
 """Objectives by name."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
@@ -11,29 +11,32 @@ from vit_jax.models.registry import Builder, build_model
 from vit_jax.objectives.classification import Classification
 from vit_jax.objectives.masked_patches import MaskedPatches
 from vit_jax.objectives.multi_label import MultiLabel
+from vit_jax.objectives.objective import Objective
 from vit_jax.system.errors import UserError
 
-Objective = Classification | MultiLabel | MaskedPatches
-
-OBJECTIVES = ("classification", "masked_patches")
-
-
-def class_names(config: ConfigDict, found: Sequence[str]) -> tuple[str, ...]:
-    """The classes that the model has outputs for: those of the data, or none."""
-    return tuple(found) if config.objective.name == "classification" else ()
+Build = Callable[[ConfigDict, int, Builder], Objective]
 
 
 def build_objective(
     config: ConfigDict, num_classes: int, build: Builder = registry.build
 ) -> Objective:
-    """Raises UserError for an objective that does not exist or does not fit the rest."""
+    """What `config.objective` names, with a network that `build` makes for `num_classes`.
+
+    Raises:
+      UserError: there is no such objective, or it does not fit the rest.
+    """
+    name = config.objective.name
+    if name not in OBJECTIVES:
+        raise UserError(f"objective.name is {name!r}: use one of {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name](config, num_classes, build)
+
+
+def _classification(config: ConfigDict, num_classes: int, build: Builder) -> Objective:
+    return classify(config, build_model(config, num_classes, build))
+
+
+def _masked_patches(config: ConfigDict, num_classes: int, build: Builder) -> Objective:
     objective = config.objective
-    if objective.name not in OBJECTIVES:
-        raise UserError(
-            f"objective.name is {objective.name!r}: use one of {', '.join(OBJECTIVES)}"
-        )
-    if objective.name == "classification":
-        return classify(config, build_model(config, num_classes, build))
     if build_mixing(config).mixes:
         raise UserError(
             f"data.mixup is {config.data.mixup} and data.cutmix {config.data.cutmix}, which "
@@ -42,7 +45,13 @@ def build_objective(
     return MaskedPatches(build_model(config, 0, build), objective.target, objective.mask_ratio)
 
 
-def classify(config: ConfigDict, model: Model) -> Classification | MultiLabel:
+OBJECTIVES: dict[str, Build] = {
+    "classification": _classification,
+    "masked_patches": _masked_patches,
+}
+
+
+def classify(config: ConfigDict, model: Model) -> Objective:
     """Learning, or measuring, of labels by the logits of `model`. Raises UserError."""
     objective, several = config.objective, config.data.multi_label
     if not several:

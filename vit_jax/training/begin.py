@@ -114,6 +114,7 @@ def begin(
         check_classes(stored["class_names"], run.card["class_names"], workdir)
         if "data" in stored:  # not in cards written before there were fingerprints
             check_data(stored["data"], run.card["data"], workdir)
+        check_frozen(stored.get("frozen"), run.card["frozen"], workdir)
     target = abstract(run.learning.abstract_state, run.learning.shardings)
     state = checkpoints.restore(target, begin_anew)
     if state is None:
@@ -179,6 +180,15 @@ def check_data(stored: dict[str, Any], found: dict[str, Any], workdir: Path) -> 
         )
 
 
+def check_frozen(stored: str | None, found: str | None, workdir: Path) -> None:
+    """Refuses to go on beside another frozen network. Raises UserError."""
+    if stored != found:
+        raise UserError(
+            f"{workdir} was trained beside a frozen network with other weights ({stored}, now "
+            f"{found}): restore them, or choose another --workdir"
+        )
+
+
 def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
     """What is different about the examples of a split, or nothing."""
     if before["fingerprint"] == now["fingerprint"]:
@@ -191,15 +201,19 @@ def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def take_over(state: TrainState, run: Run, before: Trained) -> TrainState:
-    """Puts the trained weights of `config.init_from` in place of the initial ones."""
+    """Puts the trained weights of `config.init_from` in place of the model's initial ones.
+
+    Parameters of the objective stay as they are at the beginning.
+    """
     config, old, new = run.config, before.model.config, run.learning.objective.model.config
     fresh = sharding.gather(state.params, run.mesh)
-    params, notes = adapt(before.params, old, fresh, new, config.init_resize or before.resize)
+    resize = config.init_resize or before.resize
+    model, notes = adapt(before.params, old, fresh["model"], new, resize)
     if processes.is_first():
         print(f"begins with {config.init_from} ({before.family}); {'; '.join(notes)}")
         for note in (*before.notes, *mismatches(config, before.config)):
             print(f"note: {note}", file=sys.stderr)
-    params = sharding.put_params(params, run.mesh)
+    params = sharding.put_params({**fresh, "model": model}, run.mesh)
     ema = jax.tree.map(jnp.copy, params) if state.ema else {}
     return dataclasses.replace(state, params=params, ema=ema)
 

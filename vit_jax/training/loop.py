@@ -9,12 +9,12 @@ from vit_jax.data import pipeline
 from vit_jax.distributed import processes, sharding
 from vit_jax.distributed.signals import StopSignal
 from vit_jax.evaluation.averages import evaluate
-from vit_jax.models.flops import train_flops
+from vit_jax.objectives.objective import Objective
 from vit_jax.system.lock import WorkDirectory
 from vit_jax.training.logging import MetricWriter
 from vit_jax.training.reporting import Metrics, Profiler, Reporter, matmul_peak, parse_profile
 from vit_jax.training.run import Run
-from vit_jax.training.step import TrainState
+from vit_jax.training.step import TrainState, carried_of
 
 
 def evaluate_state(run: Run, state: TrainState, stop: StopSignal) -> Metrics | None:
@@ -22,9 +22,10 @@ def evaluate_state(run: Run, state: TrainState, stop: StopSignal) -> Metrics | N
     batches = pipeline.eval_batches(
         run.eval_source, batch_size=run.config.eval_batch_size, **run.eval_reading
     )
+    carried = carried_of(state, run.learning.objective, run.learning.frozen)
     with contextlib.closing(batches):
         averages = evaluate(
-            lambda batch: run.learning.eval_step(state.eval_params, state.extra, batch),
+            lambda batch: run.learning.eval_step(state.eval_params, carried, batch),
             (sharding.put_batch(batch, run.mesh) for batch in batches),
             lambda: stop.requested,
         )
@@ -33,8 +34,16 @@ def evaluate_state(run: Run, state: TrainState, stop: StopSignal) -> Metrics | N
     metrics = {f"eval/{name}": value for name, value in averages.items()}
     every = run.plan.few_shot_every
     if every is not None and run.plan.due(int(state.step), every):
-        metrics |= run.few_shot(state.eval_params)
+        metrics |= run.few_shot(state.eval_params["model"])
     return metrics
+
+
+def score_of(objective: Objective, metrics: Metrics) -> float | None:
+    """What the best checkpoint has most of; None where this evaluation did not measure it."""
+    name = objective.best.removeprefix("-")
+    if name not in metrics:
+        return None
+    return -metrics[name] if objective.best.startswith("-") else metrics[name]
 
 
 def recorded_evaluation(log: MetricWriter) -> Metrics | None:
@@ -59,18 +68,21 @@ def loop(
     """
     plan, first_step, workdir = run.plan, int(state.step), directory.path
     due = lambda step: plan.due(step, plan.log_every)
-    batch_size, cfg = run.config.batch_size, run.learning.objective.model.config
+    batch_size, objective, frozen = (
+        run.config.batch_size,
+        run.learning.objective,
+        run.learning.frozen,
+    )
     # All devices of one processor share its cores.
     devices = jax.process_count() if jax.default_backend() == "cpu" else run.mesh.size
-    peak = devices * matmul_peak(cfg.dtype)
-    reporter = Reporter(log, due, batch_size, batch_size * train_flops(cfg), peak, workdir)
+    peak = devices * matmul_peak(objective.model.config.dtype)
+    reporter = Reporter(log, due, batch_size, batch_size * objective.flops, peak, workdir)
 
     def keep_if_best(step: int, metrics: Metrics) -> None:
-        card = {**run.card, "metrics": metrics}
-        score = run.learning.objective.score(
-            {name.removeprefix("eval/"): x for name, x in metrics.items()}
-        )
-        checkpoints.save_if_best(step, state.eval_params, card, score)
+        score = score_of(objective, metrics)
+        if score is not None:
+            card = {**run.card, "metrics": metrics}
+            checkpoints.save_if_best(step, state.eval_params, card, score)
 
     announced = False
 
@@ -110,7 +122,8 @@ def loop(
             with reporter.waiting():
                 batch = next(batches)
             profiler.before(step)
-            state, metrics = run.learning.train_step(state, sharding.put_batch(batch, run.mesh))
+            on_device = sharding.put_batch(batch, run.mesh)
+            state, metrics = run.learning.train_step(state, on_device, frozen)
             reporter.add(step, metrics)
             profiler.after(step, state)
             if stop.reached(step) or plan.due(step, plan.checkpoint_every):

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from vit_jax import config as configuration
 from vit_jax.system.errors import UserError
+from vit_jax.training.groups import NO_GROUPS, Groups
 
 Schedule = Callable[[Any], jax.Array]
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
@@ -93,11 +94,29 @@ def _direction(config: Any) -> optax.GradientTransformation:
     raise UserError(f"optimizer.name is {config.name!r}: use one of adam, sgd")
 
 
-def make_optimizer(config: Any, schedule: Schedule) -> optax.GradientTransformation:
+def decay_weights(weight_decay: float, groups: Groups) -> optax.GradientTransformation:
+    """Adds w p to the update of a kernel p, times the factor of its group."""
+    if not groups:
+        return optax.add_decayed_weights(weight_decay, kernels_only)
+
+    def update(updates: Any, state: Any, params: Any = None) -> Any:
+        def one(u: jax.Array, p: jax.Array, kernel: bool, factor: float) -> jax.Array:
+            return u + weight_decay * factor * p if kernel and factor else u
+
+        factors = groups.decays(params)
+        return jax.tree.map(one, updates, params, kernels_only(params), factors), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def make_optimizer(
+    config: Any, schedule: Schedule, groups: Groups = NO_GROUPS
+) -> optax.GradientTransformation:
     """Builds the optimiser of a `config.optimizer`.
 
     Gradients are clipped to a global norm first. Weight decay w applies to kernels only, and
-    `config.decay` says what it means for a parameter p at learning rate lr(t):
+    `config.decay` says what it means for a parameter p at learning rate lr(t). Of `groups` only
+    the factors of the decay matter here; the step applies the others.
 
       times_lr        p -= lr(t) (direction + w p)                 AdamW; "wd" of AugReg
       times_schedule  p -= lr(t) direction + lr(t)/lr_peak w p     big_vision: w = 1e-4 there
@@ -111,7 +130,7 @@ def make_optimizer(config: Any, schedule: Schedule) -> optax.GradientTransformat
         raise UserError(f"optimizer.decay is {config.decay!r}: use one of {', '.join(DECAYS)}")
     if config.lr <= 0:
         raise UserError(f"optimizer.lr is {config.lr}: it must be positive")
-    decay = optax.add_decayed_weights(config.weight_decay, kernels_only)
+    decay = decay_weights(config.weight_decay, groups)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     direction = _direction(config)
     descend = optax.scale_by_learning_rate(schedule)

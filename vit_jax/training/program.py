@@ -12,7 +12,10 @@ from vit_jax.distributed import sharding
 from vit_jax.evaluation.averages import make_eval_step
 from vit_jax.models import registry
 from vit_jax.models.registry import Builder
-from vit_jax.objectives.registry import Objective, build_objective
+from vit_jax.objectives.objective import Objective
+from vit_jax.objectives.registry import build_objective
+from vit_jax.system.errors import UserError
+from vit_jax.training.groups import Groups
 from vit_jax.training.optimizer import build_schedule, make_optimizer
 from vit_jax.training.step import TrainState, init_state, make_train_step
 
@@ -25,14 +28,17 @@ class Learning(NamedTuple):
       abstract_state: shapes and dtypes of the state.
       shardings: where each array of it lives.
       init: makes the first state, each device its own part: nobody ever holds the whole.
-      train_step: `(state, batch) -> (state, metrics)`, in the memory of the old state.
-      eval_step: `(params, extra, batch) -> {name: (sum, count)}`.
+      frozen: `objective.frozen`, on the devices; None if there is none.
+      train_step: `(state, batch, frozen=None) -> (state, metrics)`, in the memory of the old
+        state.
+      eval_step: `(params, carried, batch) -> {name: (sum, count)}`.
     """
 
     objective: Objective
     abstract_state: TrainState
     shardings: TrainState
     init: Callable[[], TrainState]
+    frozen: Any
     train_step: Any
     eval_step: Any
 
@@ -43,6 +49,7 @@ def build_learning(
     num_classes: int,
     examples: int,
     build: Builder = registry.build,
+    objective: Objective | None = None,
 ) -> Learning:
     """The computation of a configuration on a mesh, whose devices need not be there.
 
@@ -52,18 +59,20 @@ def build_learning(
       num_classes: of the data.
       examples: in an epoch.
       build: makes the network.
+      objective: of `config`, where it is built already.
 
     Raises:
       UserError: a field does not fit the rest.
     """
-    objective = build_objective(config, num_classes, build)
+    objective = objective or build_objective(config, num_classes, build)
     schedule = build_schedule(config, examples)
-    optimizer = make_optimizer(config.optimizer, schedule)
+    check_teacher(objective, config.ema_decay)
+    optimizer = make_optimizer(config.optimizer, schedule, Groups(objective.groups))
     step = make_train_step(
         objective,
         optimizer,
         schedule,
-        prepare_for_training(config, num_classes),
+        prepare_for_training(config, num_classes, tuple(objective.views)),
         seed=config.seed,
         accumulation=config.accumulation,
         ema_decay=config.ema_decay,
@@ -71,6 +80,7 @@ def build_learning(
     eval_step = make_eval_step(objective, prepare_for_eval(config))
     init = lambda: init_state(objective, optimizer, config.seed, bool(config.ema_decay))
     state, everywhere = jax.eval_shape(init), sharding.replicated(mesh)
+    Groups(objective.groups).check(state.params)
     where = sharding.shardings(state, mesh)
     seeing = lambda function: sharding.seeing(mesh, function)
     return Learning(
@@ -78,6 +88,7 @@ def build_learning(
         abstract_state=state,
         shardings=where,
         init=jax.jit(init, out_shardings=where),
+        frozen=sharding.put_params(objective.frozen, mesh) if objective.frozen else None,
         train_step=jax.jit(
             seeing(step),
             donate_argnums=0,
@@ -86,3 +97,12 @@ def build_learning(
         ),
         eval_step=jax.jit(seeing(eval_step), out_shardings=everywhere),
     )
+
+
+def check_teacher(objective: Objective, ema_decay: float) -> None:
+    """Refuses two averages of the weights. Raises UserError."""
+    if objective.teacher_decay and ema_decay:
+        raise UserError(
+            f"ema_decay is {ema_decay}, but this objective has a teacher, which is an average "
+            f"of the weights with a decay of its own: set ema_decay=0"
+        )

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 import vit_jax
 from vit_jax import config as configuration
+from vit_jax.checkpoints import digests, older
 from vit_jax.checkpoints.orbax_io import Card
 from vit_jax.data import reading
 from vit_jax.data.sources.source import Source, fingerprint
@@ -16,7 +17,8 @@ from vit_jax.distributed import sharding
 from vit_jax.evaluation.few_shot import build_few_shot
 from vit_jax.models import registry
 from vit_jax.models.model import count_parameters
-from vit_jax.objectives.registry import build_objective, class_names
+from vit_jax.objectives.registry import build_objective
+from vit_jax.system.errors import UserError
 from vit_jax.training import program, run_data
 from vit_jax.training.durations import Durations, make_plan
 from vit_jax.training.reporting import Metrics, parse_profile
@@ -51,13 +53,15 @@ def build(config: ConfigDict, classes: tuple[str, ...] = ()) -> Run:
     sharding.check_batch_size("eval_batch_size", config.eval_batch_size, mesh)
     source, eval_source = run_data.open_sources(config, classes)
     num_classes = len(source.class_names)
-    train_reading = reading.train_pipeline(config, mesh)
+    objective = build_objective(config, num_classes)
+    train_reading = {**reading.train_pipeline(config, mesh), "views": objective.views}
     eval_reading = reading.eval_pipeline(config, mesh)
     plan = make_plan(config, len(source))
-    build_objective(config, num_classes)  # a wrong field is told before an image
+    check_best(objective.best, config)
     run_data.check_early(config, (source, train_reading), (eval_source, eval_reading))
-    learning = program.build_learning(config, mesh, num_classes, len(source))
-    model = learning.objective.model
+    learning = program.build_learning(
+        config, mesh, num_classes, len(source), objective=objective
+    )
     return Run(
         config=config,
         mesh=mesh,
@@ -65,19 +69,36 @@ def build(config: ConfigDict, classes: tuple[str, ...] = ()) -> Run:
         eval_source=eval_source,
         plan=plan,
         learning=learning,
-        few_shot=build_few_shot(config, model, source, eval_source, mesh),
+        few_shot=build_few_shot(config, objective.model, source, eval_source, mesh),
         train_reading=train_reading,
         eval_reading=eval_reading,
         card={
             "config": configuration.to_dict(config),
-            "class_names": list(class_names(config, source.class_names)),
+            "class_names": list(source.class_names)
+            if objective.model.config.num_classes
+            else [],
             "data": {
                 "train": describe_data(config, config.data.train_split, source),
                 "eval": describe_data(config, config.data.eval_split, eval_source),
             },
+            "frozen": digests.of_tree(objective.frozen) if objective.frozen else None,
             "vit_jax": vit_jax.__version__,
+            "layout": older.LAYOUT,
+            "averaged": bool(learning.abstract_state.ema),
         },
     )
+
+
+def check_best(best: str, config: ConfigDict) -> None:
+    """Refuses to choose the best checkpoint by a probe that is not made. Raises UserError."""
+    shots = tuple(config.few_shot.shots)
+    name = best.removeprefix("-")
+    if name.startswith("few_shot/") and name not in {f"few_shot/{n}" for n in shots}:
+        number = name.removeprefix("few_shot/")
+        raise UserError(
+            f"the best checkpoint of objective.name={config.objective.name!r} is that with the "
+            f"highest {name}, but few_shot.shots is {shots}: set few_shot.shots=({number},)"
+        )
 
 
 def describe_data(config: ConfigDict, split: str, source: Source) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from vit_jax.data.on_device import Batch, Prepare
+from vit_jax.objectives.objective import Carried, Extra, Objective, Params
+from vit_jax.training.groups import Groups
 from vit_jax.training.optimizer import Schedule
 
 
@@ -20,23 +22,30 @@ class TrainState:
     """
 
     step: jax.Array  # int32, number of updates made
-    params: Any
+    params: Params  # of the model and of the objective
     opt_state: Any
-    ema: Any  # averaged params, or {} when off
-    extra: Any  # what the objective carries along
+    ema: Params  # averaged params, or {} when off
+    extra: Extra  # what the objective carries along
 
     @property
-    def eval_params(self) -> Any:
+    def eval_params(self) -> Params:
         """The averaged weights when they are kept, else the weights."""
         return self.ema or self.params
 
 
+def carried_of(state: TrainState, objective: Objective, frozen: Any) -> Carried:
+    """What a loss reads of a state, beside the parameters that it is differentiated by."""
+    teacher = state.ema if objective.teacher_decay else {}
+    return Carried(teacher, frozen or {}, state.extra, state.step)
+
+
 def init_state(
-    objective: Any, optimizer: optax.GradientTransformation, seed: int, ema: bool
+    objective: Objective, optimizer: optax.GradientTransformation, seed: int, ema: bool
 ) -> TrainState:
+    """The first state; `ema`: an average of the weights is kept, as every teacher is."""
     params, extra = objective.init(jax.random.fold_in(jax.random.key(seed), 0))
     # A copy, since the first update donates `params`: the two must not share buffers.
-    average = jax.tree.map(jnp.copy, params) if ema else {}
+    average = jax.tree.map(jnp.copy, params) if ema or objective.teacher_decay else {}
     return TrainState(jnp.int32(0), params, optimizer.init(params), average, extra)
 
 
@@ -50,7 +59,7 @@ def split_micro_batches(batch: Batch, count: int) -> Batch:
 
 
 def make_train_step(
-    objective: Any,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     prepare: Prepare,
@@ -58,48 +67,64 @@ def make_train_step(
     seed: int,
     accumulation: int = 1,
     ema_decay: float = 0.0,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Returns `step(state, batch) -> (state, metrics)`, to be jitted by the caller.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """Returns `step(state, batch, frozen=None) -> (state, metrics)`, to be jitted.
 
     `metrics` holds scalars: `train/NAME` of the objective (averages over the batch), `lr`,
     and `grad_norm` before clipping. With `accumulation` the batch is worked through in so
-    many parts, each with its own random key; gradients and metrics are those of the whole.
+    many parts, each with its own random key; gradients, metrics and statistics are those of
+    the whole, and what the objective carries along moves once. `frozen` are the parameters
+    `objective.frozen`, on the devices.
     """
+    groups = Groups(objective.groups)
 
-    def gradients(params: Any, extra: Any, batch: Batch, key: jax.Array) -> Any:
+    def gradients(params: Params, carried: Carried, batch: Batch, key: jax.Array) -> Any:
+        """Gradients, metrics and statistics of a micro-batch."""
         prepare_key, loss_key = jax.random.split(key)
         batch = prepare(batch, prepare_key)
-        grad = jax.value_and_grad(objective.loss, has_aux=True)
-        (_, (metrics, extra)), grads = grad(params, extra, batch, loss_key, True)
-        return grads, metrics, extra
 
-    def accumulated(params: Any, extra: Any, batch: Batch, key: jax.Array) -> Any:
-        def body(carry: Any, part: Any) -> Any:
-            grads, metrics, extra = carry
+        def loss(params: Params) -> Any:
+            result = objective.loss(params, carried, batch, loss_key)
+            return result.loss, (result.metrics, result.statistics)
+
+        (_, sums), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        return grads, *sums
+
+    def accumulated(params: Params, carried: Carried, batch: Batch, key: jax.Array) -> Any:
+        def body(total: Any, part: Any) -> Any:
             index, micro_batch = part
-            new = gradients(params, extra, micro_batch, jax.random.fold_in(key, index))
-            total = jax.tree.map(jnp.add, (grads, metrics), new[:2])
-            return (*total, new[2]), None
+            new = gradients(params, carried, micro_batch, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, new), None
 
         parts = split_micro_batches(batch, accumulation)
         first = jax.tree.map(lambda x: x[0], parts)
-        shapes = jax.eval_shape(gradients, params, extra, first, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[:2])
-        carry, _ = jax.lax.scan(body, (*zeros, extra), (jnp.arange(accumulation), parts))
-        grads, metrics, extra = carry
-        return jax.tree.map(lambda g: g / accumulation, grads), metrics, extra
+        shapes = jax.eval_shape(gradients, params, carried, first, key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        total, _ = jax.lax.scan(body, zeros, (jnp.arange(accumulation), parts))
+        grads, metrics, statistics = total
+        return jax.tree.map(lambda g: g / accumulation, grads), metrics, statistics
 
     compute = accumulated if accumulation > 1 else gradients
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def step(
+        state: TrainState, batch: Batch, frozen: Any = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         # Stream 0 is initialisation, so updates draw from 1 on.
         key = jax.random.fold_in(jax.random.key(seed), state.step + 1)
-        grads, sums, extra = compute(state.params, state.extra, batch, key)
+        carried = carried_of(state, objective, frozen)
+        grads, sums, statistics = compute(state.params, carried, batch, key)
+        grads = groups.of_gradients(grads, state.step)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = groups.of_updates(updates, state.step)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
-        if ema_decay:
-            ema = optax.incremental_update(params, state.ema, 1.0 - ema_decay)
+        if objective.teacher_decay:
+            ema = optax.incremental_update(
+                params, ema, 1.0 - objective.teacher_decay(state.step)
+            )
+        elif ema_decay:
+            ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
+        extra = objective.after_update(state.extra, statistics)
         metrics = {f"train/{name}": total / count for name, (total, count) in sums.items()}
         metrics |= {"lr": schedule(state.step), "grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state, ema, extra), metrics

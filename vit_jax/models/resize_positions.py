@@ -14,20 +14,25 @@ tables when shrinking). So the way has a name:
                      grows outwards as a geometric series, so that near offsets keep theirs
   geometric          the same points, joined by straight lines: what timm does
 
-Each is a linear map of rows and one of columns, so a resize is two small matrix products in
-float64. Grids are (rows, columns); what decides whether to resize is the grid, not the number
+Each is a linear map of rows and one of columns, so a resize is two small matrix products: in
+float64 for NumPy arrays, and inside a program, where gradients pass through it, in float32.
+Grids are (rows, columns); what decides whether to resize is the grid, not the number
 of tokens: 14 x 14 and 7 x 28 are both 196.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.system.errors import UserError
 
 Grid = tuple[int, int]
+Array = TypeVar("Array", np.ndarray, jax.Array)
 
 
 def _triangle(x: np.ndarray) -> np.ndarray:
@@ -134,7 +139,7 @@ METHODS: dict[str, Callable[[int, int], np.ndarray]] = {
 }
 
 
-def resize_grid(table: np.ndarray, old: Grid, new: Grid, method: str = "corner") -> np.ndarray:
+def resize_grid(table: Array, old: Grid, new: Grid, method: str = "corner") -> Array:
     """Resizes the rows of a (rows * columns, D) table from grid `old` to grid `new`.
 
     Raises:
@@ -152,15 +157,19 @@ def resize_grid(table: np.ndarray, old: Grid, new: Grid, method: str = "corner")
         )
     if old == new:
         return table
-    grid = np.asarray(table, np.float64).reshape(*old, -1)
     rows, columns = METHODS[method](old[0], new[0]), METHODS[method](old[1], new[1])
-    resized = np.einsum("ai,bj,ijd->abd", rows, columns, grid, optimize=True)
+    if isinstance(table, jax.Array):
+        grid = table.astype(jnp.float32).reshape(*old, -1)
+        product = functools.partial(jnp.einsum, precision="highest")
+        rows, columns = rows.astype(np.float32), columns.astype(np.float32)
+    else:
+        grid = np.asarray(table, np.float64).reshape(*old, -1)
+        product = functools.partial(np.einsum, optimize=True)
+    resized = product("ai,bj,ijd->abd", rows, columns, grid)
     return resized.reshape(new[0] * new[1], -1).astype(table.dtype)
 
 
-def resize_embedding(
-    embedding: np.ndarray, old: Grid, new: Grid, method: str = "corner"
-) -> np.ndarray:
+def resize_embedding(embedding: Array, old: Grid, new: Grid, method: str = "corner") -> Array:
     """Resizes a (1, tokens, D) array; rows before the patches (class token ...) stay."""
     first = embedding.shape[1] - old[0] * old[1]
     if first < 0:
@@ -169,20 +178,25 @@ def resize_embedding(
             f"{old[0]} x {old[1]}: check the image and patch size that they were made for"
         )
     patches = resize_grid(embedding[0, first:], old, new, method)
-    return np.concatenate([embedding[:, :first], patches[None]], axis=1)
+    return _joined([embedding[:, :first], patches[None]], 1)
 
 
-def resize_relative(table: np.ndarray, old: Grid, new: Grid, method: str) -> np.ndarray:
+def resize_relative(table: Array, old: Grid, new: Grid, method: str) -> Array:
     """Resizes BEiT's (offsets + 3, heads) table; the last three rows, of the class token, stay.
 
     The offsets between two patches of a grid are a grid themselves, twice as large but one.
     """
     before, after = ((2 * rows - 1, 2 * columns - 1) for rows, columns in (old, new))
-    return np.concatenate([resize_grid(table[:-3], before, after, method), table[-3:]])
+    return _joined([resize_grid(table[:-3], before, after, method), table[-3:]], 0)
+
+
+def _joined(parts: list[Any], axis: int) -> Any:
+    join = jnp.concatenate if isinstance(parts[0], jax.Array) else np.concatenate
+    return join(parts, axis=axis)
 
 
 def resize_params(params: Any, old: ViTConfig, new: ViTConfig, method: str = "corner") -> Any:
-    """Returns the parameters of model `old`, layers unstacked, with the positions of `new`.
+    """Returns the parameters of model `old` with the positions of `new`.
 
     Learned tables are interpolated; sine-cosine ones are no parameters, and are computed for
     whatever grid the model has.
@@ -200,26 +214,32 @@ def resize_params(params: Any, old: ViTConfig, new: ViTConfig, method: str = "co
     encoder = dict(params["Transformer"])
     if "posembed_input" in encoder:
         encoder["posembed_input"] = _resize_tables(encoder["posembed_input"], old, new, method)
+    change = lambda block: _resize_block(block, old, new, method)
     for name, block in encoder.items():
-        if not name.startswith("encoderblock_"):
-            continue
-        if "posembed_input" in block:
-            tables = _resize_tables(block["posembed_input"], old, new, method)
-            encoder[name] = block = {**block, "posembed_input": tables}
-        attention = block["MultiHeadDotProductAttention_0"]
-        if "relative" in attention:
-            table = np.asarray(attention["relative"]["table"])
-            table = resize_relative(table, old.grid, new.grid, method)
-            attention = {**attention, "relative": {"table": table}}
-            encoder[name] = {**block, "MultiHeadDotProductAttention_0": attention}
+        if name.startswith("encoderblock_"):
+            encoder[name] = change(block)
+        elif name == "encoderblock":  # all layers, stacked
+            encoder[name] = jax.vmap(change)(block)
     return {**params, "Transformer": encoder}
+
+
+def _resize_block(block: Any, old: ViTConfig, new: ViTConfig, method: str) -> Any:
+    if "posembed_input" in block:
+        tables = _resize_tables(block["posembed_input"], old, new, method)
+        block = {**block, "posembed_input": tables}
+    attention = block["MultiHeadDotProductAttention_0"]
+    if "relative" in attention:
+        table = resize_relative(attention["relative"]["table"], old.grid, new.grid, method)
+        attention = {**attention, "relative": {"table": table}}
+        block = {**block, "MultiHeadDotProductAttention_0": attention}
+    return block
 
 
 def _resize_tables(tables: Any, old: ViTConfig, new: ViTConfig, method: str) -> Any:
     """The arrays of one `PositionEmbedding`."""
     # BEiT's way is one for offsets; its absolute positions, where it has any, are bicubic.
     method = "bicubic" if method.startswith("geometric") else method
-    tables = {name: np.asarray(x) for name, x in tables.items()}
+    tables = dict(tables)
     if "pos_embedding" in tables:
         table = resize_embedding(tables["pos_embedding"], old.grid, new.grid, method)
         return {"pos_embedding": table}
