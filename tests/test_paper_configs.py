@@ -55,7 +55,7 @@ def test_each_full_size_experiment_is_one_that_can_be_built(name, arguments, dat
         objective = build_objective(config, 1000)
         optimizer.build_schedule(config, 1_281_167)
         durations.make_plan(config, 1_281_167)
-        reading.train_pipeline(config)
+        reading.train_reading(config)
         assert config.batch_size == 4096
         assert objective.model.config.image_size == (224, 224)
 

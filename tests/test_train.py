@@ -20,7 +20,6 @@ from tests.tiny_config import LONG, TOTAL, tiny
 from vit_jax import config as configuration
 from vit_jax.checkpoints.directory import Checkpoints, abstract, load_card
 from vit_jax.checkpoints.trained import load_any
-from vit_jax.data import pipeline
 from vit_jax.data.on_device import prepare_for_eval
 from vit_jax.data.sources import catalog
 from vit_jax.data.sources.in_memory import ArraySource
@@ -204,7 +203,7 @@ def test_no_steps_is_an_error():
 def test_the_loop_neither_recompiles_nor_moves_data_by_accident(tmp_path):
     run = build(tiny())
     state = run.learning.init()
-    batches = pipeline.train_batches(run.source, **run.train_reading)
+    batches = run.train_reading.train_batches(run.source)
     with batches:
         for _ in range(4):
             batch = sharding.put_batch(next(batches), run.mesh)

@@ -6,7 +6,6 @@ import pytest
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
 from vit_jax.checkpoints import trained
-from vit_jax.data import pipeline
 from vit_jax.data.on_device import prepare_for_eval
 from vit_jax.distributed import sharding
 from vit_jax.evaluation import features, few_shot
@@ -95,7 +94,7 @@ def test_few_shot_in_training_is_the_doors_few_shot(tmp_path):
     step = features.make_feature_step(model, prepare_for_eval(config), run.mesh)
 
     def features_of(source):
-        batches = pipeline.eval_batches(source, batch_size=120, **run.eval_reading)
+        batches = run.eval_reading.eval_batches(source, 120)
         put = (sharding.put_batch(batch, run.mesh) for batch in batches)
         return features.extract(lambda batch: step(params, batch), put)
 

@@ -11,7 +11,8 @@ import numpy as np
 from tqdm import tqdm
 
 from vit_jax.checkpoints import trained
-from vit_jax.data import on_device, pipeline, reading
+from vit_jax.data import on_device
+from vit_jax.data.reading import eval_reading
 from vit_jax.data.sources.classes import Mismatch, chosen, match
 from vit_jax.distributed import processes, sharding
 from vit_jax.evaluation import ranking
@@ -80,9 +81,7 @@ def over_batches(
     mesh: jax.sharding.Mesh,
 ) -> Any:
     """`function` of the batches of `source`, on the device, with a progress bar."""
-    batches = pipeline.eval_batches(
-        source, batch_size=batch_size, **reading.eval_pipeline(model.config, mesh)
-    )
+    batches = eval_reading(model.config, mesh).eval_batches(source, batch_size)
     with contextlib.closing(batches):
         total = -(-len(source) // batch_size)
         shown = tqdm(

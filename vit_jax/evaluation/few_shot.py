@@ -13,9 +13,8 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vit_jax.data import pipeline
 from vit_jax.data.on_device import prepare_for_eval
-from vit_jax.data.reading import eval_pipeline
+from vit_jax.data.reading import eval_reading
 from vit_jax.data.sources.source import Source
 from vit_jax.distributed import sharding
 from vit_jax.evaluation.features import (
@@ -162,9 +161,7 @@ def build_few_shot(
     chosen: list[Subsets] = []
 
     def features_of(params: Any, source: Any) -> Features:
-        batches = pipeline.eval_batches(
-            source, batch_size=config.eval_batch_size, **eval_pipeline(config, mesh)
-        )
+        batches = eval_reading(config, mesh).eval_batches(source, config.eval_batch_size)
         with contextlib.closing(batches):
             on_device = (sharding.put_batch(batch, mesh) for batch in batches)
             return extract(lambda batch: step(params, batch), on_device)

@@ -5,23 +5,20 @@ import contextlib
 import jax
 
 from vit_jax.checkpoints.directory import Checkpoints
-from vit_jax.data import pipeline
 from vit_jax.distributed import processes, sharding
 from vit_jax.distributed.signals import StopSignal
 from vit_jax.evaluation.averages import evaluate
 from vit_jax.objectives.objective import Objective
 from vit_jax.system.lock import WorkDirectory
 from vit_jax.training.logging import MetricWriter
-from vit_jax.training.reporting import Metrics, Profiler, Reporter, matmul_peak, parse_profile
+from vit_jax.training.reporting import Metrics, Profiler, Reporter, matmul_peak
 from vit_jax.training.run import Run
 from vit_jax.training.step import TrainState, carried_of
 
 
 def evaluate_state(run: Run, state: TrainState, stop: StopSignal) -> Metrics | None:
     """Metrics over the whole evaluation split, or None if a signal came first."""
-    batches = pipeline.eval_batches(
-        run.eval_source, batch_size=run.config.eval_batch_size, **run.eval_reading
-    )
+    batches = run.eval_reading.eval_batches(run.eval_source, run.eval_batch_size)
     carried = carried_of(state, run.learning.objective, run.learning.frozen)
     with contextlib.closing(batches):
         averages = evaluate(
@@ -69,7 +66,7 @@ def loop(
     plan, first_step, workdir = run.plan, int(state.step), directory.path
     due = lambda step: plan.due(step, plan.log_every)
     batch_size, objective, frozen = (
-        run.config.batch_size,
+        run.train_reading.batch_size,
         run.learning.objective,
         run.learning.frozen,
     )
@@ -113,8 +110,8 @@ def loop(
         if result is None:  # cut short once more: after another step nobody would make it
             return {}
 
-    batches = pipeline.train_batches(run.source, first_step=first_step, **run.train_reading)
-    traced = parse_profile(run.config.profile) if processes.is_first() else None
+    batches = run.train_reading.train_batches(run.source, first_step)
+    traced = run.profile if processes.is_first() else None
     profiler = Profiler(traced, plan.total, workdir / "profile")
     with contextlib.closing(batches), contextlib.ExitStack() as stack:
         stack.callback(profiler.stop)

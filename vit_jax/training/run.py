@@ -1,8 +1,9 @@
 """What a configuration names, built and checked before anything large is done."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -12,11 +13,12 @@ from vit_jax import config as configuration
 from vit_jax.checkpoints import digests, older
 from vit_jax.checkpoints.orbax_io import Card
 from vit_jax.data import reading
+from vit_jax.data.reading import Reading, TrainReading
 from vit_jax.data.sources.source import Source, fingerprint
 from vit_jax.distributed import sharding
 from vit_jax.evaluation.few_shot import build_few_shot
 from vit_jax.models import registry
-from vit_jax.models.model import count_parameters
+from vit_jax.models.model import Params, count_parameters
 from vit_jax.objectives.registry import build_objective
 from vit_jax.system.errors import UserError
 from vit_jax.training import program, run_data
@@ -25,18 +27,34 @@ from vit_jax.training.reporting import Metrics, parse_profile
 from vit_jax.training.step import TrainState
 
 
-class Run(NamedTuple):
-    """Everything about a run that does not change from step to step."""
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Everything about a run that does not change from step to step, checked.
+
+    Attributes:
+      config: what was asked for, as cards and `config.json` record it.
+      mesh: all devices.
+      source, eval_source: what is trained and evaluated on.
+      train_reading, eval_reading: how their images are read.
+      eval_batch_size: examples of all devices together.
+      plan: how long, and how often what is done.
+      learning: what the devices compute.
+      few_shot: accuracy of a probe, by `few_shot/N`.
+      profile: the first and the last step to trace, or None.
+      card: what every checkpoint says of the run.
+    """
 
     config: ConfigDict
     mesh: jax.sharding.Mesh
     source: Source
     eval_source: Source
+    train_reading: TrainReading
+    eval_reading: Reading
+    eval_batch_size: int
     plan: Durations
     learning: program.Learning
-    few_shot: Callable[[Any], Metrics]
-    train_reading: dict[str, Any]
-    eval_reading: dict[str, Any]
+    few_shot: Callable[[Params], Metrics]
+    profile: tuple[int, int] | None
     card: Card
 
 
@@ -46,7 +64,7 @@ def build(config: ConfigDict, classes: tuple[str, ...] = ()) -> Run:
     The outputs of the model are the classes of the training data, in the order of `classes` if
     these are the same.
     """
-    parse_profile(config.profile)
+    profile = parse_profile(config.profile)
     config = registry.with_computation_chosen(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size("batch_size", config.batch_size, mesh, config.accumulation)
@@ -54,8 +72,8 @@ def build(config: ConfigDict, classes: tuple[str, ...] = ()) -> Run:
     source, eval_source = run_data.open_sources(config, classes)
     num_classes = len(source.class_names)
     objective = build_objective(config, num_classes)
-    train_reading = {**reading.train_pipeline(config, mesh), "views": objective.views}
-    eval_reading = reading.eval_pipeline(config, mesh)
+    train_reading = reading.train_reading(config, mesh, objective.views)
+    eval_reading = reading.eval_reading(config, mesh)
     plan = make_plan(config, len(source))
     check_best(objective.best, config)
     run_data.check_early(config, (source, train_reading), (eval_source, eval_reading))
@@ -71,6 +89,8 @@ def build(config: ConfigDict, classes: tuple[str, ...] = ()) -> Run:
         learning=learning,
         few_shot=build_few_shot(config, objective.model, source, eval_source, mesh),
         train_reading=train_reading,
+        eval_batch_size=config.eval_batch_size,
+        profile=profile,
         eval_reading=eval_reading,
         card={
             "config": configuration.to_dict(config),

@@ -2,13 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from vit_jax.checkpoints.directory import load_card
 from vit_jax.data import reading
-from vit_jax.data.rehearsal import rehearse
+from vit_jax.data.reading import Reading, TrainReading
 from vit_jax.data.sources.classes import as_classes, some
 from vit_jax.data.sources.source import Source
 from vit_jax.distributed import processes
@@ -37,7 +36,9 @@ def open_sources(config: ConfigDict, classes: tuple[str, ...]) -> tuple[Source, 
 
 
 def check_early(
-    config: ConfigDict, training: tuple[Source, Any], evaluation: tuple[Source, Any]
+    config: ConfigDict,
+    training: tuple[Source, TrainReading],
+    evaluation: tuple[Source, Reading],
 ) -> None:
     """Reads an image of each split, and says what is odd about their numbers.
 
@@ -45,9 +46,7 @@ def check_early(
       UserError: an image cannot be used as the configuration wants it.
     """
     for source, how in (training, evaluation):
-        names = ("transform", "channels", "bits", "max_bad")
-        transform, channels, bits, max_bad = (how[name] for name in names)
-        rehearse(source, transform, channels, bits, max_bad, how is training[1])
+        how.rehearse(source)
     examples, held_out = len(training[0]), len(evaluation[0])
     notes = []
     if config.batch_size > examples * config.data.repeats:
