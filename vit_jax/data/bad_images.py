@@ -1,8 +1,8 @@
-"""Bad images are left out and counted, each told of by name, until there are too many.
+"""Bad images are left out and counted, each reported by name, until there are too many.
 
-In training the next good image of the source stands in for a bad one, in evaluation nothing
-does. Which one it is depends on the data set alone, so that batches stay the same whatever
-the number of threads and processes.
+In training the next good image of the source replaces a bad one, in evaluation nothing does.
+Which one it is depends on the data set alone, so that batches stay the same whatever the number
+of threads and processes.
 """
 
 import sys
@@ -15,7 +15,7 @@ from vit_jax.data.image_cache import Kept
 from vit_jax.data.sources.source import Source
 from vit_jax.system.errors import UserError
 
-_told: set[str] = set()  # an evaluation that comes again need not tell again
+_told: set[str] = set()  # a repeated evaluation need not report it again
 
 NONE = -1  # in place of the index of a bad image
 DEFAULT_SHARE = 0.01  # of a data set may be bad
@@ -37,7 +37,7 @@ class BadImages:
         self.reasons: dict[int, str] = {}  # by position in the source
 
     def add(self, i: int, reason: str | None = None) -> None:
-        """Counts the image at position i, and tells of it on stderr, once in a process.
+        """Counts the image at position i, and reports it on stderr, once in a process.
 
         Raises:
           UserError: there are more than `limit` now.

@@ -54,7 +54,7 @@ def draw_batch(
 
 
 def draw_multi_crop(photo: Image.Image, seed: int) -> list[Row]:
-    """What becomes of one photo in DINO's hands: it, the global crops and the local ones."""
+    """DINO's multi-crop of one photo: the photo, its global crops and its local crops."""
     rng = np.random.default_rng(seed)
     transform, views = recipes.dino(DRAWS)
     first = transform(photo, rng)

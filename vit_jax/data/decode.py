@@ -1,9 +1,9 @@
 """From an encoded example to an upright PIL image of 8 bits, or to channels of 8 or 16.
 
-What is no picture (empty, cut off, another kind of file, a pipe, a decompression bomb, pixels
-that 8 bits cannot show) is a `BadImage`, which a run may skip and count; a file that is gone or
-may not be read is an error of the data set, which it may not. Not found out is damage in the
-middle of a JPEG's data: libjpeg decodes on, and Pillow does not pass its warnings on.
+What is not an image (empty, truncated, another kind of file, a pipe, a decompression bomb,
+pixels that 8 bits cannot hold) is a `BadImage`, which a run may skip and count; a file that is
+missing or unreadable is an error of the data set, which ends the run. Damage in the middle of a
+JPEG's data is not detected: libjpeg decodes on, and Pillow does not pass its warnings on.
 """
 
 import contextlib
@@ -192,7 +192,7 @@ def _from_numpy_file(encoded: bytes, channels: int | None) -> np.ndarray:
 
 
 def _check_png(encoded: bytes) -> None:
-    """Raises ValueError if the pixels of a PNG are damaged, which Pillow would not tell."""
+    """Raises ValueError if the pixels of a PNG are damaged, which Pillow does not report."""
     if not encoded.startswith(b"\x89PNG\r\n\x1a\n"):
         return
     start = 8

@@ -1,6 +1,6 @@
-"""Small images are decoded once and kept: after an epoch they come out of memory.
+"""A cache of small decoded images: after one epoch they are read from memory.
 
-A PNG of 32 x 32 takes as long to open and decode as all that is done to it afterwards.
+A PNG of 32 x 32 takes as long to open and decode as to transform.
 """
 
 from typing import Any

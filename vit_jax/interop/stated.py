@@ -1,4 +1,4 @@
-"""What the person who opens weights says about them, because their file does not.
+"""What the user states about weights, because their file does not say it.
 
 One definition of these flags for every command that opens weights.
 """

@@ -1,8 +1,8 @@
-"""Which class is which: names decide, and positions only where names say nothing.
+"""Matches classes by name, and by position only where names cannot be compared.
 
-A model has outputs with names, a data set has classes with names, and the two rarely stand in
-one order. `match` says which output of a model is meant by each class of a data set;
-`as_classes` numbers the labels of a source as somebody else numbers the same classes.
+A model has outputs with names, a data set has classes with names, and the two rarely have the
+same order. `match` finds the model output of each class of a data set; `as_classes` renumbers
+the labels of a source in another order of the same classes.
 """
 
 import dataclasses
@@ -227,7 +227,7 @@ def some(names: Sequence[str]) -> str:
     return f"[{shown}{', ...' if len(names) > 5 else ''}] ({len(names)})"
 
 
-# ---- the same classes in the order of somebody else --------------------------------------
+# ---- the same classes in another order -------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,16 @@
 """Your own images: `folder:PATH`, where every class is a folder.
 
 PATH/train/<class>/*.jpg  and  PATH/test/<class>/*.jpg     splits made by you
-PATH/<class>/*.jpg                                         split here, 80 % and 20 %
-PATH/labels.csv, or another file that lists the images     see labels.py
+PATH/<class>/*.jpg                                         split by us, 80 % and 20 %
+PATH/labels.csv, or another file that lists the images     see label_files.py
 folder:PATH,classes=outer                                  class folders, whatever is listed
 folder:PATH,classes=inner                                  of nested folders the inner ones
 
 Splits are called train or training; val, validation, valid, dev or eval; test or testing, in
-any case. What is found in folders of 10,000 files and more is remembered, so that a second
-start takes as long as to look at the date of each folder (100,000 files in 100 folders:
+any case. The files of folders with 10,000 or more are listed in an index, so that a second
+start only checks the modification time of each folder (100,000 files in 100 folders:
 0.05 s). The index is one file in `folders/` of the user's cache (vit_jax/system/cache.py),
-because the folder of a data set is often read-only, or shared by people, or copied on as it is.
+because the folder of a data set is often read-only, shared, or copied.
 Deleting the index costs one more scan.
 """
 
@@ -52,7 +52,7 @@ def open_folder(argument: str, split: str, multi_label: str | None = None) -> Fi
     decides its side, so that files added later move no other (but of a class with two images
     or more, one at least lies on each side). A file of labels comes before folders.
 
-    Classes whose names differ in case only are kept apart, and told of on stderr.
+    Classes whose names differ in case only are kept apart, and reported on stderr.
 
     Args:
       argument: the path, then options: `,classes=outer` or `inner`; of a file of labels
@@ -138,7 +138,7 @@ def _with_options(
 def _splits(root: Path) -> list[str]:
     """The folders of `root` that are splits, or none if they are classes.
 
-    Raises UserError where that cannot be told.
+    Raises UserError where that cannot be decided.
     """
     names = _folders(root)
     splits = [name for name in names if split_kind(name)]
@@ -183,7 +183,7 @@ def _class_folders(root: Path, nested: str | None) -> tuple[str, ...]:
 
 
 def _short(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Of inner folders the last part of their path, if that tells all of them apart."""
+    """Of inner folders the last part of their path, if that makes them unique."""
     names = tuple(name.rpartition("/")[2] for name in classes)
     return names if len(set(names)) == len(names) else classes
 

@@ -1,4 +1,4 @@
-"""Labelled image files by the million: compact, and in an order that their names alone fix."""
+"""Millions of labelled image files, compact, in an order that depends on names alone."""
 
 import dataclasses
 import hashlib
@@ -37,7 +37,7 @@ SPLITS = ("train", "test", "all")
 class Paths(Sequence[str]):
     """Strings in one buffer, which takes a third of the memory of a tuple of them.
 
-    Worker processes get a copy, and Python's cycle collector has nothing to walk through.
+    Worker processes get a copy, and Python's cycle collector has nothing to traverse.
     """
 
     def __init__(self, buffer: np.ndarray, ends: np.ndarray) -> None:
@@ -266,5 +266,5 @@ def arrange(classes: Iterable[tuple[int, Sequence[str]]]) -> Listing:
 
 
 def _hash(path: str) -> int:
-    """Spreads classes evenly, and knows nothing of listing order."""
+    """Spreads classes evenly, and does not depend on listing order."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""The image files that a file of labels names: where they lie, and that all are there."""
+"""Finds the image files that a label file names, and checks that none is missing."""
 
 import os
 from collections import defaultdict
@@ -14,7 +14,7 @@ Rows = Sequence[Any]  # `labels.Row`
 
 
 class Lister:
-    """Lists every folder once, which is quicker than to ask for every file."""
+    """Lists every folder once, which is faster than checking every file."""
 
     def __init__(self) -> None:
         self._names: dict[str, set[str]] = {}

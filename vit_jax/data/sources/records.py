@@ -6,8 +6,8 @@ PATH/train-00000-of-00004.array_record       examples 0 to n/4 of `train`, and s
 PATH/train-labels.npy                        all its labels, int32 (N,) or bool (N, K)
 
 A record is a MessagePack map of `image` (encoded, bytes), `label` (integer, or a list of them)
-and `name` (what it was called where it came from). Records are neither compressed nor grouped,
-so that any one is one read.
+and `name` (its name in the original source). Records are neither compressed nor grouped, so
+that each one takes a single read.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class RecordsSource:
     labels: np.ndarray
     class_names: tuple[str, ...]
     name: str
-    content: str  # what tells this split from others: see `open_records`
+    content: str  # identifies the content of this split: see `open_records`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -119,7 +119,7 @@ def _read_labels(path: Path, classes: int) -> np.ndarray:
 
 
 class _Shard(NamedTuple):
-    """What a reader wants to know of a file, by its names."""
+    """What a reader needs of a file, by name."""
 
     filename: str
     skip: int
@@ -199,7 +199,7 @@ class Packed(NamedTuple):
 def write_split(
     folder: Path, split: str, examples: Iterable[Packed | None], length: int, shards: int
 ) -> dict[str, Any]:
-    """Writes a split, in order, to files in `folder`; returns what `write_info` wants of it.
+    """Writes a split, in order, to files in `folder`; returns what `write_info` needs of it.
 
     Args:
       folder: exists.

@@ -1,4 +1,4 @@
-"""Splits: what they are called, and parts of them.
+"""The names of splits, and parts of them.
 
 Every source takes the split grammar of TensorFlow Datasets: `train`, `train[:98%]`,
 `train[10%:]`, `train[100:200]`, `train[-10:]` and sums such as `train+validation[:50%]`.

@@ -79,7 +79,7 @@ def _builder(name: str, data_dir: str | None) -> tuple[Any, Any]:
 
 
 def _find(name: str, data_dir: str | None) -> Any:
-    """The folder that holds `dataset_info.json` of the version asked for, or the newest."""
+    """The folder that holds `dataset_info.json` of the given version, or the newest."""
     from tensorflow_datasets.core import Path  # a pathlib that knows buckets (gs://) too
 
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
