@@ -57,7 +57,7 @@ class Batches(Iterator[Batch]):
         self, iterator: Any, bad: BadImages | None = None, workers: bool = False
     ) -> None:
         self._open, self._bad = [iterator], bad
-        # At the latest when Python ends: Grain's own clean-up comes too late, and complains.
+        # At the latest when Python exits: Grain's own clean-up is too late, and prints errors.
         self._finalizer = weakref.finalize(self, _close_all, self._open, workers)
 
     def __next__(self) -> Batch:
@@ -120,11 +120,11 @@ def train_batches(
     Every epoch is shuffled again, and batches may span two epochs. `prefetch`
     batches are made ahead, by up to `threads` threads, as many as are of use, or, if there
     are any, by `workers` processes.
-    Of the examples the share `max_bad` may be bad images, for which others stand in.
+    Of the examples the share `max_bad` may be bad images, which others replace.
 
     With `views`, a batch holds more of each image, which is decoded once: under every name
     uint8 (b, n, h, w, C), n images by a transform of their own. So multi-crop is made (arXiv
-    2006.09882, 2104.14294; `presets.dino`); no objective of this package takes several crops
+    2006.09882, 2104.14294; `recipes.dino`); no objective of this package takes several crops
     of an image yet. Views are drawn after `image`, in the order given: they do not change it.
 
     With `repeats` R every image comes R times in a row, each time augmented again (repeated
@@ -134,7 +134,7 @@ def train_batches(
     divide the batch, a few images have some of their copies in the next one. An epoch of n
     examples still is n / batch_size steps; it shows n / R images, and R epochs show each of
     the n images R times. (DeiT shuffles again after every n examples, so that chance decides
-    which third of the images an epoch shows; here none is left behind.)
+    which third of the images an epoch shows; here none is left out.)
 
     Raises UserError for an empty source, sizes that do not fit and views of a name or count
     that cannot be; and while iterating, for files that cannot be read, more bad images than
@@ -157,7 +157,7 @@ def train_batches(
     bad = BadImages(source, int(max_bad * len(source)), prepare.try_out)
     decoded = Replacing(Kept(source, channels, bits=bits), bad.limit)
     # Only positions pass through Grain here: in every example it would look for arrays, to
-    # count their bytes, which small images feel.
+    # count their bytes, which is slow for small images.
     places = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     if repeats > 1:
         # Grain draws by an example's place: so each copy gets a place, and draws, of its own.
@@ -185,7 +185,7 @@ def eval_batches(
     """This process's share of every example once, in the order of the source.
 
     Yields what `train_batches` does and `mask` float32 (b,), which is 0 for bad images, and
-    where the last batch is filled up with black ones. All batches have one shape, and all
+    where the last batch is filled up with black images. All batches have one shape, and all
     processes have as many of them. Raises UserError as `train_batches` does.
     """
     share = _Share(batch_size, tuple(parts), part_count)
@@ -243,7 +243,7 @@ def _useful(threads: int, local: "_Local") -> int:
     walls, works = [], []
     for i in range(min(3, len(local))):
         work, wall = time.thread_time(), time.perf_counter()
-        with contextlib.suppress(UserError):  # comes again when a batch is asked for
+        with contextlib.suppress(UserError):  # raised again when a batch is read
             local[i]
         walls.append(time.perf_counter() - wall)
         works.append(time.thread_time() - work)

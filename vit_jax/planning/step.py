@@ -268,7 +268,7 @@ class _Clock:
 
 
 def memory_of(compiled: Any) -> Memory:
-    """What the compiler says of its program."""
+    """The memory that the compiler reports for its program."""
     sizes = compiled.memory_analysis()
     return Memory(
         arguments=sizes.argument_size_in_bytes,

@@ -46,11 +46,11 @@ _SETTLED = 2.0
 def open_folder(argument: str, split: str, multi_label: str | None = None) -> FileSource:
     """Opens `split` of the images below a path, in an order fixed by a hash of their names.
 
-    With folders that are named like splits (see `sources.split_kind`), these are the splits,
+    With folders that are named like splits (see `splits.split_kind`), these are the splits,
     and the class names are the sorted folder names of the one to train on. Otherwise the
     folders are the classes, the splits are `train`, `test` and `all`, and a file's name alone
-    decides its side, so that files added later move no other (but of a class with two images
-    or more, one at least lies on each side). A file of labels comes before folders.
+    decides its split, so that files added later move no other (but a class with two images
+    or more has at least one in each). A file of labels has precedence over folders.
 
     Classes whose names differ in case only are kept apart, and reported on stderr.
 
@@ -104,7 +104,7 @@ def split_names(argument: str) -> tuple[str, ...]:
 def _find(
     argument: str, multi: str | None
 ) -> tuple[Path, str | None, label_files.Listed | None]:
-    """The folder that is meant, what `classes` says, and the labels listed in it or as it."""
+    """The folder, the option `classes`, and the label files in it, or that it is."""
     path, options = argument, dict[str, str]()
     if not Path(argument).expanduser().exists():
         path, options = split_options(argument, ("classes", "image", "label"), "folder")
@@ -294,7 +294,7 @@ def _loose(root: Path) -> Counter[str]:
 
 
 def _folders_dated(root: Path, dates: dict[str, int]) -> list[str]:
-    # The date is read first: what changes while we look makes the index invalid.
+    # The date is read first: a change while the folder is read makes the index invalid.
     dates["."] = os.stat(root).st_mtime_ns
     return _folders(root)
 

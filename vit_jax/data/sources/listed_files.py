@@ -10,7 +10,7 @@ from vit_jax.data.sources import image_files
 from vit_jax.data.sources.splits import split_kind
 from vit_jax.system.errors import UserError
 
-Rows = Sequence[Any]  # `labels.Row`
+Rows = Sequence[Any]  # `label_files.Row`
 
 
 class Lister:
@@ -122,8 +122,8 @@ def _reject(path: Path, row: Any, what: str, remedy: str) -> NoReturn:
 
 
 def tell_of_left_out(top: Path, path: Path, root: Path, rows: Rows) -> None:
-    """Says which images in the place of the listed ones are not listed, and that folders lie
-    beside that are no classes here.
+    """Notes which images in the folder of the listed ones are not listed, and that there are
+    folders beside it that are no classes here.
 
     Images of other splits are not counted: for a file of one split the folder of that split is
     looked at, or the one that its images lie in.

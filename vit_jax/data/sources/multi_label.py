@@ -30,7 +30,7 @@ def is_multi_label(source: Source) -> bool:
 
 
 def separator(setting: str, texts: Iterable[str], where: str) -> str | None:
-    """What stands between the labels in `texts`; None is for blanks.
+    """The separator of the labels in `texts`; None stands for blanks.
 
     Raises UserError where `auto` finds nothing but blanks, which names have, too.
     """

@@ -89,7 +89,8 @@ def open_records(path: str, split: str) -> RecordsSource:
                 f"{str(root / name)!r} has {sizes[name]:,} bytes and should have "
                 f"{shard['bytes']:,}; copy it again, or pack the data set again."
             )
-    # Told how much each holds, the reader opens a file when it first reads from it.
+    # With the number of examples in each file, the reader opens a file only when it reads from
+    # it.
     shards = [_Shard.of(root / name, x["examples"]) for name, x in described["shards"].items()]
     records = ArrayRecordDataSource([shard for shard in shards if shard.take])
     if not len(records) == len(labels) == described["examples"]:
@@ -236,7 +237,7 @@ def write_split(
 
 
 def write_info(folder: Path, class_names: Iterable[str], splits: dict[str, Any]) -> None:
-    """Writes `dataset.json`, which makes the data set whole."""
+    """Writes `dataset.json`, which completes the data set."""
     info = {"format": VERSION, "class_names": list(class_names), "splits": splits}
     text = json.dumps(info, indent=2, ensure_ascii=False)
     (folder / INFO).write_text(text + "\n", "utf-8")
