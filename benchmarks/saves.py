@@ -96,7 +96,7 @@ def _spread(rows: list[dict[str, float]], field: str) -> str:
 def table(rows: list[dict[str, Any]]) -> str:
     head = (
         *("state of", "bytes", "arrays", "save with digests (s)", "save without (s)"),
-        *("digests (processor s)", "all of a save (processor s)", "share of the digests"),
+        *("digests (CPU s)", "whole save (CPU s)", "share of the digests"),
     )
     lines = ["| " + " | ".join(head) + " |", "|---|---:|---:|---|---|---|---|---:|"]
     for found in rows:

@@ -11,7 +11,7 @@ trains once, with the first length. The argument is MODEL,DATA or MODEL,DATA,res
   MODEL  ti16 s32 s16 b32 b16 b8 l16 rti16 r26s32 r50l32: the best pre-training run on
          ImageNet-21k; or any weights as --config.init_from takes them
   DATA   imagenet2012 (imagenet) cifar100 oxford_iiit_pet (pets) resisc45, prepared once with
-         the [tfds] extra (README, "Data")
+         the [tfds] extra (docs/data.md)
   res    224 or 384 (default)
 
 The network is that of the weights. The recipe: SGD with momentum 0.9 kept in bfloat16, batches

@@ -12,7 +12,7 @@ argument is MODEL,DATA or MODEL,DATA,res=PIXELS:
          anything else          weights as --config.init_from takes them: augreg:B_16,
                                 hf:OWNER/NAME, a file, or a work directory such as runs/pretrain
   DATA   cifar10 cifar100 oxford_iiit_pet (pets) oxford_flowers102 (flowers)
-         imagenet2012 (imagenet)       prepared once with the [tfds] extra (README, "Data")
+         imagenet2012 (imagenet)       prepared once with the [tfds] extra (docs/data.md)
          tfds:NAME folder:PATH         your own: 10% of `train` is held out, `test` is reported
          digits                        bundled; for small models of one's own
 

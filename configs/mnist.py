@@ -2,7 +2,7 @@
 
   python -m vit_jax.train --config=configs/mnist.py --workdir=runs/mnist
 
-Data: `tfds:mnist`, prepared once with the [tfds] extra (README, "Data").
+Data: `tfds:mnist`, prepared once with the [tfds] extra (docs/data.md).
 
 Cost: 2,344 steps of 128, a few minutes on two cores. Expected accuracy on the test split:
 not yet measured.

@@ -3,7 +3,7 @@
   python -m vit_jax.train --config=configs/vit_i1k.py:B/16 --workdir=runs/vit_b16_i1k
 
 The argument is any variant (default B/16). Data: `tfds:imagenet2012`, prepared once with the
-[tfds] extra (README, "Data"). 1% of train is held out for the curve, as in the paper; the
+[tfds] extra (docs/data.md). 1% of train is held out for the curve, as in the paper; the
 number to report is `python -m vit_jax.evaluate --workdir=... --split=validation`.
 
 Cost: 300 epochs are 41 exaFLOPs for B/16 (computed: 3 x 2 x 17.6 GMACs an image).

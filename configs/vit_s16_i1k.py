@@ -3,7 +3,7 @@
   python -m vit_jax.train --config=configs/vit_s16_i1k.py --workdir=runs/vit_s16_i1k
 
 The argument is the number of epochs: 90 (default), 150 or 300, as in the paper's Table 1.
-Data: `tfds:imagenet2012` (README, "Data"); 1% of train is held out for the curve, the number
+Data: `tfds:imagenet2012` (docs/data.md); 1% of train is held out for the curve, the number
 to report is `python -m vit_jax.evaluate --workdir=... --split=validation`.
 
 Cost: 90 epochs take 6 h 30 min on a TPUv3-8 in the paper; 3.2 exaFLOPs (computed).

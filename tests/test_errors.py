@@ -19,10 +19,10 @@ from vit_jax.system.errors import UserError, about, of_system
         (errno.ENOSPC, "make room there"),
         (errno.EACCES, "get permission"),
         (errno.EROFS, "get permission"),
-        (errno.EISDIR, "a file stands where a folder belongs"),
+        (errno.EISDIR, "there is a file instead of a folder"),
         (errno.ENOENT, "is gone"),
         (errno.ELOOP, "remove the link"),
-        (errno.ENOTTY, "once that is mended"),
+        (errno.ENOTTY, "once that is fixed"),
     ],
 )
 def test_what_the_system_refuses_is_one_sentence(number, remedy):
@@ -75,7 +75,7 @@ def test_errors_of_open_files_get_their_name(tmp_path):
 
 CODE = """
 import sys
-from vit_jax import cli
+from vit_jax.command_line import cli
 def main(arguments):
     {}
 cli.run(main, lambda: None)

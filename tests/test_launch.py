@@ -106,9 +106,9 @@ def test_a_script_can_be_read_and_explains_itself(script, machine):
 
 
 def test_the_sentences_that_scripts_look_for_are_what_training_says():
-    code = (ROOT / "vit_jax/train.py").read_text()
-    assert f'"{STOPPED}"' in code
+    assert f'"{STOPPED}"' in (ROOT / "vit_jax/training/trainer.py").read_text()
     assert "stopped by a signal, state saved" in (LAUNCH / "slurm.sh").read_text()
+    code = (ROOT / "vit_jax/train.py").read_text()
     assert re.search(r"print\(f\"\{name\} \{.*\} of \{.*\} examples\"\)", code)
     assert " has died, so " in (ROOT / "vit_jax/distributed/processes.py").read_text()
     assert " has died, so " in (LAUNCH / "tpu_host.sh").read_text()
@@ -223,7 +223,7 @@ def test_slurm_trains_with_one_task_for_each_gpu(machine, monkeypatch):
 
 
 def parse(arguments, monkeypatch):
-    """The configuration that a door would make of these flags."""
+    """The configuration that a command would make of these flags."""
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "", flag_values=values)
     config_flags.DEFINE_config_file("config", flag_values=values)
@@ -577,7 +577,7 @@ def fields(node, path=""):
 
 
 @pytest.mark.parametrize("path", PAGES + SCRIPTS, ids=lambda path: path.name)
-def test_fields_and_doors_that_are_named_exist(path):
+def test_fields_and_commands_that_are_named_exist(path):
     text = path.read_text()
     config = configuration.get_config()
     named = set(re.findall(r"--config\.([a-z0-9_.]*[a-z0-9_])", text))
@@ -592,8 +592,9 @@ def test_fields_and_doors_that_are_named_exist(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_flags_of_our_doors_that_are_named_exist(path):
-    code = "".join(file.read_text() for file in (ROOT / "vit_jax").glob("*.py"))
+def test_flags_of_our_commands_that_are_named_exist(path):
+    files = [*(ROOT / "vit_jax").glob("*.py"), *(ROOT / "vit_jax/command_line").glob("*.py")]
+    code = "".join(file.read_text() for file in files)
     for command in re.findall(r"python -m vit_jax[^`]*?(?<!\\)(?:\n|`)", path.read_text()):
         for flag in re.findall(r"--([a-z_]+)(?=[=\s`])", command):
             assert re.search(rf'DEFINE_\w+\(\s*"{flag}"', code) or flag == "help", flag
@@ -603,7 +604,7 @@ def test_flags_of_our_doors_that_are_named_exist(path):
 def test_sentences_that_one_sees_are_said_somewhere(path):
     files = [*(ROOT / "vit_jax").rglob("*.py"), *SCRIPTS]
     said = "".join(file.read_text() for file in files)
-    _, _, table = path.read_text().partition("| one sees |")
+    _, _, table = path.read_text().partition("| message |")
     sentences = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
     assert len(sentences) >= 3
     assert [sentence for sentence in sentences if sentence not in said] == []

@@ -154,7 +154,7 @@ def test_a_family_and_a_pooling_are_said(tmp_path):
     found = trained.load_any(str(tmp_path / "w"), "last", None, said)
     assert (found.family, found.config.data.value_range) == ("dino", "imagenet")
     assert (found.model.config.pool, found.model.config.has_class_token) == ("gap", True)
-    assert not any("apart for sure" in note for note in found.notes)
+    assert not any("for sure" in note for note in found.notes)
     with pytest.raises(UserError, match="pools by 'map'"):
         trained.load_any(str(tmp_path / "w"), "last", None, said._replace(pool="map"))
     for name in ("family", "pool", "weights"):
@@ -214,7 +214,7 @@ def test_what_is_said_and_is_not_so_is_refused(tmp_path):
     cfg, params = tiny_models.model()
     google.write(tmp_path / "w.npz", cfg, params)
     for said, reason in (
-        (Stated(num_heads=4), "--num_heads=4 is not so: .* has num_heads 3"),
+        (Stated(num_heads=4), "--num_heads=4 is wrong: .* has num_heads 3"),
         (Stated(weights="ema"), "one set of weights: leave out --weights=ema"),
         (Stated(image_size=(16, 32)), "not an image of 16 x 32"),
         (Stated(pool="map"), "MAPHead_0|is missing"),

@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def end_on_ctrl_c() -> None:
-    """Makes Ctrl-C end this process without a traceback, until `cli.run` listens for it."""
+    """Makes Ctrl-C end this process without a traceback, until `cli.run` handles it."""
     import os
     import signal
 

@@ -1,6 +1,6 @@
 """The one complete configuration; `configs/*.py` change what differs.
 
-Every field there is stands here, with its meaning; a misspelt field is an error. Durations
+Every field is listed here with its meaning; a misspelt field is an error. Durations
 come in three units: of `total_steps`, `total_epochs` and `total_examples` exactly one is set
 (`set_duration`), and setting another one on the command line replaces it.
 """
@@ -17,8 +17,8 @@ from vit_jax.system.errors import UserError
 
 UNITS = ("steps", "epochs", "examples")
 
-# Fields that may change when a work directory is resumed: they say where things are, how fast
-# they run and what is reported, never what is learned.
+# Fields that may change when a work directory is resumed: they affect paths, speed and
+# reports, never what is learned.
 OPERATIONAL = (
     "log_every",
     "eval_every",
@@ -128,7 +128,7 @@ def get_config() -> ConfigDict:
     data.data_dir = placeholder(str)  # where tfds: finds prepared data sets
     data.train_split = "train"
     data.eval_split = "validation"
-    # Images with several labels, or none: auto | what stands between labels, such as ; or
+    # Images with several labels, or none: auto | the separator of labels, such as ; or
     # space; see data/sources/multi_label.py. None: every image has one. Needs
     # objective.loss="sigmoid".
     data.multi_label = placeholder(str)
@@ -137,7 +137,7 @@ def get_config() -> ConfigDict:
     data.bits = 8  # of a level: 8 | 16 (kept where images have them)
     data.train_transform = "inception_crop(0.05, 1.0)|flip"  # see data/transforms/language.py
     data.eval_transform = "resize"
-    data.repeats = 1  # copies of an image in a batch, each augmented anew (DeiT: 3); 1: off
+    data.repeats = 1  # copies of an image in a batch, each augmented again (DeiT: 3); 1: off
     # inception: [-1, 1] | imagenet, openclip: by mean and deviation | mean=0.5,0.4,0.3
     # std=0.2,0.2,0.2: by others, of pixels in [0, 1]; see data/value_ranges.py
     data.value_range = "inception"
@@ -192,7 +192,7 @@ def get_config() -> ConfigDict:
 
 
 def _typed(config: ConfigDict) -> ConfigDict:
-    """Every field knows its type, so that one left None can be set on the command line."""
+    """Gives every field its type, so that one left None can be set on the command line."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             _typed(value)
@@ -208,7 +208,7 @@ def _duration(config: ConfigDict, name: str, **value: float) -> None:
 
 
 def take_model(config: ConfigDict, weights: ConfigDict, overridden: Collection[str]) -> None:
-    """Makes the model of `config` that of `weights`, with the pixels that it was trained on.
+    """Sets the model of `config` to that of `weights`, with the pixel range of its training.
 
     Args:
       config: changed in place; the fields `OF_THE_RUN` stay.
@@ -354,7 +354,7 @@ def check_resumable(stored: dict[str, Any], config: ConfigDict, workdir: Any) ->
     Raises:
       UserError: naming the first field that differs and is not merely operational.
     """
-    # Fields that came later than the run take the default, which does what the run did.
+    # Fields that are newer than the run get the default, which is what the run did.
     old, new = flatten(to_dict(from_dict(stored))), flatten(to_dict(config))
     for field in sorted(old.keys() | new.keys()):
         if old.get(field) != new.get(field) and not field.startswith(OPERATIONAL):

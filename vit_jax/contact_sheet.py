@@ -3,7 +3,7 @@
   python -m vit_jax.contact_sheet --output=sheet.png [IMAGE ...]
 
 On the left every operation of Google's RandAugment and of timm's, a row each, at five
-magnitudes. On the right every preset, as a model sees it: a batch of eight, augmented, then
+magnitudes. On the right every preset, as input of a model: a batch of eight, augmented, then
 mixed; and below them DINO's multi-crop. The operations are drawn on the first image, as are
 the crops, the presets on all in turn; without an image they are two photographs of
 scikit-learn. Everything is random in --seed alone.

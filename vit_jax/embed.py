@@ -2,7 +2,7 @@
 
   python -m vit_jax.embed --workdir=DIR --output=FILE.npz IMAGE_OR_FOLDER ...
 
-Writes the model's representation (what its head sees) of each image as one float32 row of
+Writes the model's representation (the input of its head) of each image as one float32 row of
 length 1, ready for a vector index, together with the file names:
 
   FILE.npz      arrays `embeddings` (N, D) and `names` (N,)
@@ -11,7 +11,8 @@ length 1, ready for a vector index, together with the file names:
   FILE.parquet  columns `name` and `embedding`
 
 Rows are written as they are made, so a folder may be larger than memory. An image that cannot
-be read is reported and left out, and makes the exit code 1. The output appears when complete.
+be read is reported and left out, and makes the exit code 1. The output appears only when
+complete.
 """
 
 import contextlib

@@ -6,10 +6,10 @@ that training evaluated on. `--checkpoint=PATH_OR_NAME --data=SOURCE` evaluates 
 weights, with the preprocessing of their family.
 
 Classes of the data and outputs of the model are matched by name, whatever their order, and the
-data may have some of the model's classes only: the other outputs are left out then, as it is
-done on ImageNet-A and ImageNet-R. Where names say nothing ("n01440764" and "tench"), the order
-counts, and a note says so. --classes says which output is which class, --class_names what the
-outputs are called.
+data may have some of the model's classes only: the other outputs are then left out, as is usual
+on ImageNet-A and ImageNet-R. Where names cannot be compared ("n01440764" and "tench"), classes
+are matched by order, and a note says so. --classes gives the output of each class,
+--class_names the names of the outputs.
 
 Of images with several labels (`data.multi_label`, or --multi_label for published weights),
 mean average precision stands in place of accuracy, with that of each class, and precision,
@@ -34,7 +34,7 @@ on data of any classes:
 `--workdir=DIR --verify` evaluates nothing: it reads every checkpoint of DIR, compares it with
 its digests, prints a line for each, and ends with exit code 1 if one is damaged.
 
-The features are the `pre_logits`, what the head sees. Images are preprocessed as in other
+The features are the `pre_logits`, the input of the head. Images are preprocessed as in other
 evaluations of the model; big_vision's few-shot numbers are for
 --transform="resize('bilinear', 256)|center_crop".
 """
@@ -129,7 +129,7 @@ def main(positional: list[str]) -> None:
 
 
 def evaluate_as_told() -> None:
-    """Everything that the flags ask for; process 0 tells the results.
+    """Everything that the flags request; process 0 prints the results.
 
     Raises:
       UserError: the flags do not fit each other, the model or the data.

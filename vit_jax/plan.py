@@ -1,13 +1,13 @@
-"""Says what training will need, before there is a device to train on.
+"""Plans a training run before there is a device: memory, FLOPs, communication and time.
 
   python -m vit_jax.plan --config=configs/vit_i1k.py:L/16 --topology=v5e:4x4
   python -m vit_jax.plan --config=configs/vit_i21k.py:G/14 --topology=v5e:16x16 \
     --config.mesh.data=2 --config.mesh.fsdp=128 --per_device_batch=8 --output=plan.json
 
-Compiles the training step of `vit_jax.train` for a slice of TPUs that is not there, on any
-computer (pip install 'vit_jax[tpu]'), and prints its parameters, the memory that each device
-needs, the FLOPs of a step, what devices exchange, and an estimate of the time of a step.
-Without --topology it does so for the devices of this machine.
+Compiles the training step of `vit_jax.train` ahead of time for TPUs that are not attached, on
+any computer (pip install 'vit_jax[tpu]'), and prints its parameters, the memory that each
+device needs, the FLOPs of a step, the bytes that devices exchange, and an estimate of the time
+of a step. Without --topology it does so for the devices of this machine.
 
   --per_device_batch=N  examples in a step for each device that has some of its own; else
                         they are what config.batch_size makes them

@@ -62,7 +62,7 @@ def main(positional: list[str]) -> None:
         if threshold is not None and not flags.FLAGS["topk"].present:
             topk = len(model.class_names)
         results = predict(model, paths, topk, batch_size, mesh, threshold)
-        # Where results scroll by on the terminal they are the progress.
+        # Where results are printed to the terminal they show the progress.
         hidden = True if sys.stdout.isatty() else None
         for result in tqdm(results, total=len(paths), unit="image", disable=hidden):
             if isinstance(result, Unreadable):

@@ -9,12 +9,12 @@ SOURCE is what `data.source` takes; OUTPUT is a new folder. All splits are packe
 Examples stay in their order, so that `train[:98%]` of the packed data holds what it holds of
 SOURCE. Images are stored as they are, byte by byte (pixels as PNG); with --resize_shorter,
 larger ones are made smaller and stored as JPEG of quality 95, which saves decoding time in
-every epoch. Files are what networks and cold disks are slow at, by their number; from a disk
-whose files are in memory already, both are read at one speed.
+every epoch. Networks and cold disks are slow at many files; from a disk whose files are
+in memory already, both forms are read at the same speed.
 
-Every image is decoded once to see that it can be. What cannot is left out, told of on stderr
-and listed in OUTPUT/dataset.json; more than --max_bad of them are an error. OUTPUT appears
-when it is complete: stopped in between, nothing is left.
+Every image is decoded once to check it. One that cannot be decoded is left out, reported on
+stderr and listed in OUTPUT/dataset.json; more than --max_bad of them are an error. OUTPUT
+appears only when it is complete: an interrupted run leaves nothing.
 """
 
 from pathlib import Path

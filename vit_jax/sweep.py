@@ -13,9 +13,10 @@ which should be a part of the training data. With the best it trains on all of
 
 The work directory then holds `sweep.json` (every run, the one chosen, the test result),
 `sweep.png` (accuracy against learning rate), and a work directory for each run, the last of
-them `final`, for every other door. Running the same command again continues: what is finished
-is not trained again, and values may be added. SIGTERM, SIGHUP and Ctrl-C save and exit with
-code 0. A run whose loss is no longer a number counts as failed, and the others go on.
+them `final`, which every other command can open. Running the same command again continues: what
+is finished is not trained again, and values may be added. SIGTERM, SIGHUP and Ctrl-C save and
+exit with code 0. A run whose loss is no longer a number counts as failed, and the others
+continue.
 """
 
 from absl import flags

@@ -1,8 +1,8 @@
 """Trains a model: `python -m vit_jax.train --config=FILE[:ARGUMENT] --workdir=DIR`.
 
 Any field can be set on the command line, `--config.optimizer.lr=3e-4`; all are listed, with
-their meaning, in vit_jax/config.py. Running the same command again continues where the work
-directory stands: the end is bit for bit that of a run never stopped. SIGTERM, SIGHUP and Ctrl-C
+their meaning, in vit_jax/config.py. Running the same command again continues from the newest
+checkpoint: the result is bit-identical to an uninterrupted run. SIGTERM, SIGHUP and Ctrl-C
 save and exit with code 0. On several machines, start the same command on each (docs/running).
 
 The work directory holds `metrics.jsonl` (one JSON object a line), `tensorboard/`,

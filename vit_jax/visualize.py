@@ -12,7 +12,7 @@ PNG with an .npz of its numbers beside it, and `report.html`, one file that hold
   rollout_layers_i    the same for photo i, through the first layers only
 
 The last three need images: the distance is averaged over at most 128 of them, --max_images of
-them are drawn, and the report has their predictions. A figure that the model has nothing for
+them are drawn, and the report has their predictions. A figure that does not apply to the model
 is left out, and one line says why. An image that cannot be read is reported and skipped, and
 makes the exit code 1. Files of an earlier run in --output are replaced one by one.
 """

@@ -316,7 +316,7 @@ def update_tables(text: str, results: dict[str, Any]) -> str:
     return text
 
 
-# --- The door -----------------------------------------------------------------------------
+# --- The command line ---------------------------------------------------------------------
 
 
 def define_flags() -> None:

@@ -65,7 +65,7 @@ def row(plan: dict) -> str:
 HEAD = (
     *("model", "slice", "data x fsdp x tensor", "batch a device", "batch", "fits"),
     *("GiB a device", "of GiB", "model TFLOP a step", "counted in the program", "recomputed"),
-    *("GB moved", "GiB sent a device", "ms a step", "MFU", "processor s to compile"),
+    *("GB moved", "GiB sent a device", "ms a step", "MFU", "CPU s to compile"),
 )
 
 

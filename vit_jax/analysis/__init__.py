@@ -1,1 +1,1 @@
-"""Looking inside a network: what its filters, positions and attention have become."""
+"""Looking inside a network: its filters, position embeddings and attention."""

@@ -87,7 +87,7 @@ def attention_rollout(
 
 
 def readout(cfg: ViTConfig, params: Params, out: Out) -> jax.Array:
-    """(B, T) float32: the share of each token of the last layer in what the head sees.
+    """(B, T) float32: the share of each token of the last layer in the input of the head.
 
     cls      the class token; with two heads (DeiT) half the distillation token
     gap      every patch alike

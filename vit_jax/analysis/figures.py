@@ -71,7 +71,7 @@ def draw_filters(params: Any, channels: int) -> Drawn | str:
         f"embedding, the one that explains most first: {len(filters)} of them explain "
         f"{explained.sum():.1%} of the variance. Each is scaled to its own range of values. "
         f"After figure 7 (left) of arXiv 2010.11929; that the figure there shows "
-        f"{FILTERS} is known to us at second hand only."
+        f"{FILTERS} is known to us only at second hand."
     )
     picture = report.Picture("Filters", caption, plots.png(plots.filters(filters)))
     return Drawn("filters", picture, {"filters": filters, "explained": explained})
@@ -125,7 +125,7 @@ def look(
     )
 
     def pack(logits: jax.Array, out: Out) -> jax.Array:
-        """All that is asked for as one row for each image, since one array is returned."""
+        """All requested outputs as one row for each image, since one array is returned."""
         found = {**out, "probabilities": to_probabilities(logits)[:, : cfg.num_classes]}
         return jnp.concatenate([found[name].reshape(len(logits), -1) for name in shapes], 1)
 
@@ -189,7 +189,7 @@ def draw_rollouts(
         else "as they are, without the skip connection"
     )
     caption = (
-        f"Each photo as the model sees it, the same as bright as its rollout, and the rollout: "
+        f"Each preprocessed photo, the same multiplied by its rollout, and the rollout: "
         f"attention averaged over heads, the matrices of all layers multiplied, {mixed}. Read "
         f"from {readout}. Each photo has a scale of its own. After figure 6 of arXiv "
         f"2010.11929, whose text does not mention the identity."

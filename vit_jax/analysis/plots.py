@@ -1,8 +1,8 @@
 """Figures of the numbers that `attention` and `embeddings` compute.
 
-They are meant to be read in print: at most 7 inches wide, colours that a colour-blind reader
-tells apart, axes with units. A file or class name may hold any characters; those that the
-font lacks come out as boxes.
+They are meant to be read in print: at most 7 inches wide, colours that colour-blind readers
+can distinguish, axes with units. A file or class name may hold any characters; those that the
+font lacks are drawn as boxes.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""What every door does around its `main`: parse flags, and say errors in one sentence."""
+"""What every command does around its `main`: parse flags, and print errors in one sentence."""
 
 import difflib
 import logging
@@ -32,9 +32,9 @@ def fail(message: str) -> NoReturn:
 
 
 def _interrupted() -> NoReturn:
-    """Ends at once: in an orderly end, a program that is being compiled would be waited for.
+    """Exits at once: an orderly exit would wait for a program that is being compiled.
 
-    Nothing is lost by that which the next start could not do without.
+    Nothing is lost that the next start needs.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _flush_output()
@@ -43,7 +43,7 @@ def _interrupted() -> NoReturn:
 
 
 def _flush_output() -> bool:
-    """Whether what was printed has arrived; if not, Python shall not try again at its end."""
+    """Whether the output could be written; if not, Python must not try again when it exits."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str]) -> list[str]:
 
 
 def _meant(argv: Sequence[str]) -> str:
-    """A field that exists for the first on the command line that does not."""
+    """A suggestion for the first unknown field on the command line."""
     known = configuration.flatten(configuration.to_dict(configuration.get_config()))
     for name in re.findall(r"(?m)^--(?:no)?config\.([\w.]+)", "\n".join(argv)):
         leaf = name.rpartition(".")[2]
@@ -83,12 +83,12 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None]) -> 
     """Runs `main(positional arguments)`; a UserError becomes one sentence and exit code 1.
 
     So does what the system refuses (a full disk, a missing permission). Flags are defined
-    here, not when a door is imported, so that a notebook can import two.
+    here, not when a command is imported, so that a notebook can import two.
     """
 
     def guarded(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax tells its life at INFO
+            absl_logging.set_verbosity(absl_logging.WARNING)  # Orbax logs verbosely at INFO
         try:
             main(argv[1:])
             if not _flush_output():
@@ -113,16 +113,16 @@ def run(main: Callable[[list[str]], None], define_flags: Callable[[], None]) -> 
 
 
 def _say_once() -> None:
-    """Keeps threads from showing the way of an error that `run` says.
+    """Keeps threads from logging the traceback of an error that `run` prints.
 
-    On a full disk Orbax and what it is made of do that, a hundred times over, before the main
-    thread hears of it.
+    On a full disk Orbax and its libraries log a hundred of them before the main thread gets the
+    error.
     """
     logging.getLogger("absl").addFilter(_is_news)
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a line of a log is something else than the traceback of what `run` says."""
+    """Whether a log record is anything but the traceback of an error that `run` prints."""
     error = record.exc_info[1] if record.exc_info else None
     return error is None or of_system(error) is None
 

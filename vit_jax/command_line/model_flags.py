@@ -18,7 +18,7 @@ from vit_jax.system.errors import UserError
 
 
 def define_flags() -> None:
-    """The flags by which every door is told which model to use."""
+    """The flags by which every command selects its model."""
     flags.DEFINE_string("workdir", None, "Work directory of a training run.")
     flags.DEFINE_string(
         "checkpoint", None, "Instead: a file or folder of weights, or a name like augreg:B_16."

@@ -1,4 +1,4 @@
-"""Where the processes of a command meet, where nothing but flags says it."""
+"""Flags that say how several processes find each other, where the environment does not."""
 
 from contextlib import AbstractContextManager
 
@@ -21,7 +21,7 @@ def define_flags() -> None:
 
 
 def together() -> AbstractContextManager[None]:
-    """`distributed.processes.together`, with the processes that the flags tell of.
+    """`distributed.processes.together`, with the processes that the flags describe.
 
     Raises:
       UserError: the flags are wrong.
@@ -30,7 +30,7 @@ def together() -> AbstractContextManager[None]:
 
 
 def place_from_flags() -> Place | None:
-    """Where to meet the other processes, or None if there are none.
+    """How to find the other processes, or None if there are none.
 
     Raises:
       UserError: the flags are incomplete or contradict each other.

@@ -12,7 +12,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("config", None, "Configuration: FILE.py[:ARGUMENT].")
     flags.DEFINE_string("workdir", None, "Where results go; what is there is continued.")
     flags.DEFINE_bool(
-        "begin_anew", False, "Start at step 0 where every state that there was is damaged."
+        "begin_anew", False, "Start at step 0 where all saved states are damaged."
     )
     weight_flags.define_flags()  # about the weights of config.init_from
     flags.adopt_module_key_flags(weight_flags)

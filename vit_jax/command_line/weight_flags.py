@@ -1,4 +1,4 @@
-"""What the person who opens weights says about them, because their file does not.
+"""Flags that describe weights where their file does not.
 
 One definition of these flags for every command that opens weights.
 """
@@ -33,7 +33,7 @@ def from_flags() -> Stated:
     """What the flags say.
 
     Raises:
-      UserError: a size is none.
+      UserError: a size cannot be read.
     """
     given = flags.FLAGS
     size = given.source_image_size

@@ -1,8 +1,8 @@
-"""Bad images are left out and counted, each told of by name, until there are too many.
+"""Bad images are left out and counted, each reported by name, until there are too many.
 
-In training the next good image of the source stands in for a bad one, in evaluation nothing
-does. Which one it is depends on the data set alone, so that batches stay the same whatever
-the number of threads and processes.
+In training the next good image of the source replaces a bad one, in evaluation nothing does.
+Which one it is depends on the data set alone, so that batches stay the same whatever the number
+of threads and processes.
 """
 
 import sys
@@ -15,16 +15,16 @@ from vit_jax.data.image_cache import Kept
 from vit_jax.data.sources.source import Source
 from vit_jax.system.errors import UserError
 
-_told: set[str] = set()  # an evaluation that comes again need not tell again
+_told: set[str] = set()  # a repeated evaluation need not report it again
 
 NONE = -1  # in place of the index of a bad image
 DEFAULT_SHARE = 0.01  # of a data set may be bad
 
 
 class BadImages:
-    """The bad images of a source that were met so far.
+    """The bad images of a source that were found so far.
 
-    `try_out` does with an example what makes it a bad one.
+    `try_out` does with an example what fails for a bad one.
     """
 
     def __init__(
@@ -37,14 +37,15 @@ class BadImages:
         self.reasons: dict[int, str] = {}  # by position in the source
 
     def add(self, i: int, reason: str | None = None) -> None:
-        """Counts the image at position i, and tells of it on stderr, once in a process.
+        """Counts the image at position i, and reports it on stderr, once in a process.
 
         Raises:
           UserError: there are more than `limit` now.
         """
         if i in self.reasons:
             return
-        # Only its position comes out of a worker process, so what ails it is found again.
+        # Only its position comes out of a worker process, so what is wrong with it is found
+        # again.
         self.reasons[i] = reason or self._reason(i)
         count = len(self.reasons)
         if count > self.limit:
@@ -66,10 +67,10 @@ class BadImages:
 
 @dataclass(frozen=True)
 class Replacing:
-    """Images, decoded, where a good one stands in for each bad one.
+    """Decoded images, with a good one in place of each bad one.
 
     Examples have `bad` beside `image`, `label` and `name`: the position of the image that was
-    asked for if another stands in for it, else `NONE`.
+    requested if another replaces it, else `NONE`.
     """
 
     source: Kept
@@ -87,7 +88,7 @@ class Replacing:
         return self.good(i, lambda example: example)
 
     def good(self, i: int, use: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
-        """What `use` makes of example i, or of the next of which it makes something.
+        """The result of `use` for example i, or for the next one for which it has a result.
 
         Raises UserError as above; `use` raises BadImage for what it cannot use.
         """

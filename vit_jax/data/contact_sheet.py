@@ -1,4 +1,4 @@
-"""What augmentation does to a photo, drawn."""
+"""A contact sheet: what augmentation does to a photo."""
 
 import runpy
 from collections.abc import Iterable, Mapping
@@ -22,7 +22,7 @@ TIMM_MAGNITUDES = (0, 3, 6, 9, 10)
 
 DRAWS = 8
 
-SIZE = 224  # pixels that everything is done at, before it is reduced to the size of a tile
+SIZE = 224  # pixels of an augmented image, before it is reduced to the size of a tile
 
 GAP = 4  # pixels between tiles
 
@@ -44,7 +44,7 @@ def draw_operations(
 def draw_batch(
     photos: list[Image.Image], recipe: recipes.Recipe, seed: int
 ) -> list[Image.Image]:
-    """Eight images as a model is given them, mixed with one another."""
+    """Eight images as the model gets them, mixed with one another."""
     transform = language.parse_transform(recipe.transform, (SIZE, SIZE))
     rngs = np.random.default_rng(seed).spawn(DRAWS)
     drawn = [transform(photos[i % len(photos)], rng) for i, rng in enumerate(rngs)]
@@ -54,7 +54,7 @@ def draw_batch(
 
 
 def draw_multi_crop(photo: Image.Image, seed: int) -> list[Row]:
-    """What becomes of one photo in DINO's hands: it, the global crops and the local ones."""
+    """DINO's multi-crop of one photo: the photo, its global crops and its local crops."""
     rng = np.random.default_rng(seed)
     transform, views = recipes.dino(DRAWS)
     first = transform(photo, rng)

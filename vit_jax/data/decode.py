@@ -1,9 +1,9 @@
 """From an encoded example to an upright PIL image of 8 bits, or to channels of 8 or 16.
 
-What is no picture (empty, cut off, another kind of file, a pipe, a decompression bomb, pixels
-that 8 bits cannot show) is a `BadImage`, which a run may skip and count; a file that is gone or
-may not be read is an error of the data set, which it may not. Not found out is damage in the
-middle of a JPEG's data: libjpeg decodes on, and Pillow does not pass its warnings on.
+What is not an image (empty, truncated, another kind of file, a pipe, a decompression bomb,
+pixels that 8 bits cannot hold) is a `BadImage`, which a run may skip and count; a file that is
+missing or unreadable is an error of the data set, which ends the run. Damage in the middle of a
+JPEG's data is not detected: libjpeg decodes on, and Pillow does not pass its warnings on.
 """
 
 import contextlib
@@ -20,8 +20,8 @@ from vit_jax.data.planes import OtherChannels, Planes, with_channels, with_depth
 from vit_jax.system import bounded
 from vit_jax.system.errors import UserError
 
-# Pillow reads 40 more, among them EPS, for which it runs another program on the file. It asks
-# one after the other: so the commonest come first.
+# Pillow reads 40 more, among them EPS, for which it runs another program on the file. It tries
+# them in order, so the most common come first.
 Image.init()
 FORMATS = tuple(
     name
@@ -31,12 +31,12 @@ FORMATS = tuple(
 # Of an image file. As many pixels as Pillow decodes, with transparency, stored as they are.
 MOST_BYTES = 4 * 2 * (Image.MAX_IMAGE_PIXELS or 0)
 _LONGEST_SIDE = 1_000_000  # pixels
-# Where Pillow keeps the camera's notes, except those of a TIFF.
+# Where Pillow keeps the camera's metadata, except that of a TIFF.
 NOTES = {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"}
 
 
 class BadImage(UserError):
-    """What should be a picture is none; the message names it."""
+    """A file or array is not an image; the message names it."""
 
 
 def decode(example: dict[str, Any], channels: int | None, bits: int | None = 8) -> Any:
@@ -87,7 +87,7 @@ def decode(example: dict[str, Any], channels: int | None, bits: int | None = 8) 
 
 
 def check_channels(channels: int | None, bits: int | None) -> None:
-    """Raises UserError for what no image can have."""
+    """Raises UserError for channels or bits that no image can have."""
     if channels is not None and (type(channels) is not int or channels < 1):
         raise UserError(f"data.channels is {channels!r}: use 1 for grey, 3 for RGB, or more.")
     if bits not in (8, 16, None):
@@ -116,12 +116,12 @@ def _decode(encoded: Any, channels: int | None, bits: int | None) -> Any:
 def _by_pillow(encoded: bytes, channels: int | None) -> Image.Image:
     with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
         _check_sides(image)
-        image.load()  # an error of the pixels must not pass for one of the notes
+        image.load()  # an error of the pixels must not be taken for one of the metadata
         return _to_mode(_upright(image), channels)
 
 
 def _check_sides(image: Image.Image) -> None:
-    """Raises ValueError for what is one line: Pillow needs ten times as much for its pixels."""
+    """Raises ValueError for a single row or column, where Pillow needs ten times the memory."""
     if max(image.size) > _LONGEST_SIDE:
         raise ValueError(f"it has {image.width} x {image.height} pixels")
 
@@ -192,7 +192,7 @@ def _from_numpy_file(encoded: bytes, channels: int | None) -> np.ndarray:
 
 
 def _check_png(encoded: bytes) -> None:
-    """Raises ValueError if the pixels of a PNG are damaged, which Pillow would not tell."""
+    """Raises ValueError if the pixels of a PNG are damaged, which Pillow does not report."""
     if not encoded.startswith(b"\x89PNG\r\n\x1a\n"):
         return
     start = 8
@@ -220,7 +220,7 @@ def _upright(image: Image.Image) -> Image.Image:
     # Most have none, and to look for the orientation takes 5 us: a tenth of a small PNG's time.
     if image.format != "TIFF" and NOTES.isdisjoint(image.info):
         return image
-    # The pixels may be sound where the camera's notes are not: then read them as stored.
+    # The pixels may be sound where the camera's metadata is not: then read them as stored.
     with contextlib.suppress(Exception):
         ImageOps.exif_transpose(image, in_place=True)
     return image

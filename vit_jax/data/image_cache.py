@@ -1,6 +1,6 @@
-"""Small images are decoded once and kept: after an epoch they come out of memory.
+"""A cache of small decoded images: after one epoch they are read from memory.
 
-A PNG of 32 x 32 takes as long to open and decode as all that is done to it afterwards.
+A PNG of 32 x 32 takes as long to open and decode as to transform.
 """
 
 from typing import Any
@@ -19,9 +19,9 @@ OVERHEAD = 500  # bytes about the pixels of each
 class Kept:
     """The examples of a source, decoded; small images are kept while there is room.
 
-    Arrays are in memory already and are not kept again. As `decode` does, an image that is
-    asked for raises BadImage if it is none, and UserError if its file is gone; not if it has
-    been kept, though.
+    Arrays are in memory already and are not kept again. As `decode` does, reading an
+    example raises BadImage if it is not an image, and UserError if its file is missing, unless
+    it is cached.
     """
 
     def __init__(self, source: Source, channels: int, room: int = ROOM, bits: int = 8) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of a batch on the device: values for the network, and mixing."""
+"""Operations on a batch that run on the device: normalisation and mixing."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,8 +1,8 @@
 """Batches in an order that depends on the seed and the step alone.
 
 The batch of step s is the same whatever the number of threads, worker processes or
-processes of the run, and it can be made without making the batches before it. So the step
-number is all that a checkpoint needs to know of the data.
+processes of the run, and it can be made without making the batches before it. So a
+checkpoint stores nothing about the data but the step number.
 """
 
 import contextlib
@@ -57,13 +57,13 @@ class Batches(Iterator[Batch]):
         self, iterator: Any, bad: BadImages | None = None, workers: bool = False
     ) -> None:
         self._open, self._bad = [iterator], bad
-        # At the latest when Python ends: Grain's own clean-up comes too late, and complains.
+        # At the latest when Python exits: Grain's own clean-up is too late, and prints errors.
         self._finalizer = weakref.finalize(self, _close_all, self._open, workers)
 
     def __next__(self) -> Batch:
         if not self._open:
             raise ValueError("these batches are closed; make new ones to go on")
-        # A worker's batch lies in shared memory that dies with the worker: copy it out.
+        # A worker's batch lies in shared memory that is freed with the worker: copy it.
         batch = {
             key: value if type(value) is np.ndarray else np.array(value)
             for key, value in next(self._open[0]).items()
@@ -117,24 +117,24 @@ def train_batches(
     Yields `image` uint8 (uint16 with 16 `bits`) (b, H, W, C) and `label` int32 (b,), with b
     examples in these parts. Of a source whose images have several labels, `targets` float32
     (b, K), of 0 and 1, replace `label`.
-    Every epoch is shuffled anew, and batches run across the borders of epochs. `prefetch`
+    Every epoch is shuffled again, and batches may span two epochs. `prefetch`
     batches are made ahead, by up to `threads` threads, as many as are of use, or, if there
     are any, by `workers` processes.
-    Of the examples the share `max_bad` may be bad images, for which others stand in.
+    Of the examples the share `max_bad` may be bad images, which others replace.
 
     With `views`, a batch holds more of each image, which is decoded once: under every name
     uint8 (b, n, h, w, C), n images by a transform of their own. So multi-crop is made (arXiv
-    2006.09882, 2104.14294; `presets.dino`); no objective of this package takes several crops
+    2006.09882, 2104.14294; `recipes.dino`); no objective of this package takes several crops
     of an image yet. Views are drawn after `image`, in the order given: they do not change it.
 
-    With `repeats` R every image comes R times in a row, each time augmented anew (repeated
+    With `repeats` R every image comes R times in a row, each time augmented again (repeated
     augmentation, arXiv 1902.05509, as DeiT has it, arXiv 2012.12877). A batch puts the copies
     of an image far apart: first one of each image, then another of each, so that mixing finds
     partners among other images, and processes share the images of a batch. Where R does not
     divide the batch, a few images have some of their copies in the next one. An epoch of n
     examples still is n / batch_size steps; it shows n / R images, and R epochs show each of
-    the n images R times. (DeiT shuffles anew after every n examples, so that chance decides
-    which third of the images an epoch shows; here none is left behind.)
+    the n images R times. (DeiT shuffles again after every n examples, so that chance decides
+    which third of the images an epoch shows; here none is left out.)
 
     Raises UserError for an empty source, sizes that do not fit and views of a name or count
     that cannot be; and while iterating, for files that cannot be read, more bad images than
@@ -157,7 +157,7 @@ def train_batches(
     bad = BadImages(source, int(max_bad * len(source)), prepare.try_out)
     decoded = Replacing(Kept(source, channels, bits=bits), bad.limit)
     # Only positions pass through Grain here: in every example it would look for arrays, to
-    # count their bytes, which small images feel.
+    # count their bytes, which is slow for small images.
     places = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     if repeats > 1:
         # Grain draws by an example's place: so each copy gets a place, and draws, of its own.
@@ -185,7 +185,7 @@ def eval_batches(
     """This process's share of every example once, in the order of the source.
 
     Yields what `train_batches` does and `mask` float32 (b,), which is 0 for bad images, and
-    where the last batch is filled up with black ones. All batches have one shape, and all
+    where the last batch is filled up with black images. All batches have one shape, and all
     processes have as many of them. Raises UserError as `train_batches` does.
     """
     share = _Share(batch_size, tuple(parts), part_count)
@@ -236,14 +236,14 @@ def _useful(threads: int, local: "_Local") -> int:
 
     As many as there are cores, and more the longer they wait for a disk.
 
-    One, if images are small. Then most work is done under Python's lock, which threads hand to
+    One, if images are small. Then most work holds Python's global lock, which threads pass to
     each other at every call of Pillow: on two cores 16 of them took 440 us of CPU time for a
     PNG of 32 x 32, and two took 275.
     """
     walls, works = [], []
     for i in range(min(3, len(local))):
         work, wall = time.thread_time(), time.perf_counter()
-        with contextlib.suppress(UserError):  # comes again when a batch is asked for
+        with contextlib.suppress(UserError):  # raised again when a batch is read
             local[i]
         walls.append(time.perf_counter() - wall)
         works.append(time.thread_time() - work)
@@ -273,7 +273,7 @@ def _join(pieces: Sequence[Batch]) -> Batch:
 
 
 def _mark_flags_as_parsed() -> None:
-    """Grain's workers read absl flags, which nobody has parsed in a notebook or a test."""
+    """Grain's workers read absl flags, which a notebook or a test has not parsed."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():
@@ -436,7 +436,7 @@ class _Prepare:
         if not self.several and not 0 <= label < self.classes:
             raise UserError(
                 f"{example['name']} has label {label}, but the classes are numbered 0 to "
-                f"{self.classes - 1}; choose a split with labels, or mend the data set."
+                f"{self.classes - 1}; choose a split with labels, or correct the data set."
             )
         whole = decode(example, self.channels, self.bits)
         prepared = {

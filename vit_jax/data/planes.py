@@ -1,8 +1,8 @@
 """Images that PIL has no mode for: any number of channels, of 8 or 16 bits.
 
-Each channel is a PIL image of its own, so that all that moves or resizes pixels does to each
-what it does to a grey image: of 8 bits in mode L, of 16 in mode F, which rounds once, at the
-end. What changes colours is for images of 1 and 3 channels only.
+Each channel is a separate PIL image, so that operations that move or resize pixels treat it
+like a grey image: 8 bits in mode L, 16 bits in mode F, which is rounded once, at the end.
+Operations on colours are for images of 1 and 3 channels only.
 """
 
 from collections.abc import Callable

@@ -105,7 +105,7 @@ def dino(
 ) -> tuple[Transform, dict[str, Views]]:
     """DINO's multi-crop (arXiv 2104.14294): `transform` and `views` of `train_batches`.
 
-    A batch then holds, all uint8, the two large crops, which the teacher sees, as `image`
+    A batch then holds, all uint8, the two large crops, for the teacher, as `image`
     (b, 224, 224, C) and `global_2` (b, 1, 224, 224, C), and the small ones as `local`
     (b, 8, 96, 96, C). The counts and sizes are the defaults of the published code; with how
     many small crops the published weights were trained is unverified.

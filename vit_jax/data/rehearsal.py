@@ -1,4 +1,4 @@
-"""What would end a run at its first batch is found before a model is built."""
+"""Finds what would end a run at its first batch before a model is built."""
 
 from typing import Any
 

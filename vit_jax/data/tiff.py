@@ -45,7 +45,7 @@ def read(encoded: bytes) -> np.ndarray:
 
     Raises:
       Unsupported: it is of another kind.
-      ValueError: it is damaged, or promises more pixels than Pillow would decode.
+      ValueError: it is damaged, or declares more pixels than Pillow would decode.
     """
     try:
         page = _page(encoded)
@@ -85,7 +85,7 @@ def _pixels(encoded: bytes, page: _Page) -> np.ndarray:
         raise Unsupported("its colours are stored in another way")
     most = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 40)
     if not 0 < height * width <= most or not 0 < height * width * channels <= 4 * most:
-        raise ValueError(f"it promises {width} x {height} pixels of {channels} channels")
+        raise ValueError(f"it declares {width} x {height} pixels of {channels} channels")
     apart = page.one(_APART, 1) == 2
     tiled = _TILES in page.tags
     rows = page.one(_TILE_HEIGHT, 0) if tiled else min(page.one(_ROWS, height), height)

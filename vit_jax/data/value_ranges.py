@@ -1,4 +1,4 @@
-"""What becomes of the 256 levels of a pixel before the model sees it: mean and deviation.
+"""Normalisation of the 256 levels of a pixel by a mean and a standard deviation.
 
 A *value range* is what `config.data.value_range` names:
 

@@ -1,4 +1,4 @@
-"""Worker processes end when their parent does, whatever ended it, and leave nothing behind."""
+"""Worker processes end when their parent does, in any way, and leave nothing behind."""
 
 import gc
 import multiprocessing
@@ -17,7 +17,7 @@ def end_with_the_parent(worker: int, workers: int) -> None:
     What Ctrl-C, a closed terminal or a launcher sends to the whole group is the parent's to
     hear: it saves, for which it may still need a batch, and then ends the workers itself.
 
-    The pipe that is watched breaks however the parent dies, by SIGKILL too. (Linux can send a
+    The monitored pipe breaks however the parent ends, also by SIGKILL. (Linux can send a
     signal then, by PR_SET_PDEATHSIG, but takes the end of the thread that started the process
     for the end of the parent, and Grain starts workers in threads that end.)
     """
@@ -49,7 +49,7 @@ def start_tracker() -> None:
 
 
 def free_shared_memory() -> None:
-    """Frees what Grain's iterators, closed by now, still hold: batches that nobody took.
+    """Frees what Grain's iterators, closed by now, still hold: batches that were not consumed.
 
     They lie in circles of references, some of them for ever where no circles are looked for
     before the end of Python, and are freed by a thread of Grain's, which is waited for.

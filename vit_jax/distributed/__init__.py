@@ -1,1 +1,1 @@
-"""Several devices and several processes as one: the mesh, who takes part, how they end."""
+"""Several devices and processes as one run: the mesh, sharding, start and end of processes."""

@@ -1,8 +1,8 @@
-"""Processes with flags that do not fit together find out before they are joined.
+"""Checks that the flags of several processes are consistent, before JAX connects them.
 
-JAX aborts, with a trace of its stack, all processes of a run when two of them have one number.
-So they meet first, at the port where JAX's service will be: process 0 waits there until all the
-others have said who they are, and then lets all go on, or none.
+JAX aborts all processes of a run with a stack trace if two of them have the same number. So
+they first connect to the port of JAX's future service: process 0 waits there until all the
+others have sent their number, and then lets all of them continue, or none.
 """
 
 import contextlib
@@ -12,18 +12,18 @@ import time
 from vit_jax.system.errors import UserError
 
 _GO, _NO = "go", "no"
-_ANSWER = 10.0  # seconds for those who connect to say who they are
+_ANSWER = 10.0  # seconds in which a connected process must send its number
 _PAUSE = 0.2  # seconds between tries to reach process 0
 
 
 def meet(coordinator: str, count: int, index: int, timeout: float) -> None:
-    """Returns when all processes have met.
+    """Returns when all processes have connected.
 
     Args:
       coordinator: HOST:PORT of process 0.
       count: of processes.
       index: of this one, from 0.
-      timeout: seconds after which those who are missing are not waited for any more.
+      timeout: seconds to wait for processes that are missing.
 
     Raises:
       UserError: two have the same number, they do not agree on how many there are, or the port
@@ -41,7 +41,7 @@ def meet(coordinator: str, count: int, index: int, timeout: float) -> None:
 def _gather(port: int, count: int, timeout: float) -> None:
     deadline = time.monotonic() + timeout
     arrived: dict[int, socket.socket] = {}
-    refusal = answer = ""  # to those who came in vain
+    refusal = answer = ""  # to processes that must not continue
     try:
         with _listener(port) as listener:
             while len(arrived) < count - 1 and not refusal:
@@ -50,7 +50,7 @@ def _gather(port: int, count: int, timeout: float) -> None:
                 refusal = _admit(connection, count, arrived)
         answer = f"{_NO} {refusal}" if refusal else _GO
     except TimeoutError:
-        return  # JAX's own waiting for the others has a sentence for that
+        return  # the wait for JAX's service, which follows, reports it
     finally:
         for connection in arrived.values():
             _say(connection, answer)
@@ -71,10 +71,10 @@ def _listener(port: int) -> socket.socket:
 
 
 def _admit(connection: socket.socket, count: int, arrived: dict[int, socket.socket]) -> str:
-    """Notes who has come, or says why nobody may go on."""
+    """Registers a process, or returns why no process may continue."""
     said = _hear(connection).split()
     if len(said) != 3 or said[0] != __name__ or not all(word.isdigit() for word in said[1:]):
-        connection.close()  # a stranger
+        connection.close()  # not one of our processes
         return ""
     index, others = int(said[1]), int(said[2])
     if others != count:
@@ -109,7 +109,7 @@ def _report(address: tuple[str, int], count: int, index: int, timeout: float) ->
             return
         if answer.startswith(_NO):
             raise UserError(answer.removeprefix(_NO).strip())
-        time.sleep(_PAUSE)  # nobody is there yet, or a run that is ending
+        time.sleep(_PAUSE)  # process 0 has not started, or an earlier run is ending
     if reached:
         raise UserError(
             f"process {index} came too late or twice: the run at port {address[1]} has begun "
@@ -127,5 +127,5 @@ def _hear(connection: socket.socket) -> str:
 
 
 def _say(connection: socket.socket, text: str) -> None:
-    with connection, contextlib.suppress(OSError):  # who is gone is found by JAX
+    with connection, contextlib.suppress(OSError):  # JAX finds processes that have ended
         connection.sendall(f"{text}\n".encode())

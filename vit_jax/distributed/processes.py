@@ -1,14 +1,15 @@
-"""Several processes as one run: found from the environment, watched, ended together.
+"""Several processes as one run: detected from the environment, monitored, ended together.
 
 The same command is started once on every machine (or GPU). On a TPU VM, under Slurm's `srun`
 and under Open MPI's `mpirun` the processes find each other; elsewhere three flags say where
-they meet. Nothing here matters to a single process.
+process 0 is. A single process needs none of this.
 
 A process that dies would leave the others waiting in the middle of a step. JAX notices by
 heartbeats, after a while, and aborts. So each process also holds a connection to process 0,
 which the system closes when either of them dies, and that ends all of them at once, with a
-sentence that names who died. What one of them has to say before it ends, all others say too;
-and who says nothing for a minute, because it was stopped or has no network, counts as dead.
+sentence that names the process that died. If one of them ends with an error, all others print
+it, too; one that sends nothing for a minute, because it was stopped or has no network, counts
+as dead.
 """
 
 import contextlib
@@ -33,21 +34,21 @@ from vit_jax.system.errors import UserError, of_system
 HEARTBEAT_TIMEOUT = 90  # seconds after which JAX finds a machine without power or network
 
 
-_SILENCE = 60.0  # the same, for our own connections: first, as JAX would abort
+_SILENCE = 60.0  # the same for our own connections: shorter, because JAX would abort
 
 
-_BEAT = 5.0  # seconds between signs of life
+_BEAT = 5.0  # seconds between heartbeats
 
 
-_GRACE = 10  # seconds for the news of a death to arrive, when a step has failed because of it
+_GRACE = 10  # seconds to wait for news that a process died, when a step has failed
 
 
-# What processes say to each other, a line each; the last two are followed by a text.
+# Messages between processes, a line each; the last two are followed by a text.
 _DONE, _ALIVE, _DIED, _SAID = "done", "alive", "died", "said"
 
 
 class Place(NamedTuple):
-    """Where processes meet; what is None, JAX finds out."""
+    """How processes find each other; JAX detects what is None."""
 
     coordinator: str | None
     num_processes: int | None
@@ -75,11 +76,11 @@ def on_tpu_vm() -> bool:
 def together(place: Place | None, timeout: int) -> Iterator[None]:
     """Joins the other processes, None where there are none; leaves them at the end.
 
-    To be entered before JAX touches a device. Within it, a process that dies ends all others
+    Must be entered before JAX uses a device. Within it, a process that dies ends all others
     with exit code 1; so does leaving it by an exception.
 
     Args:
-      place: where they meet.
+      place: how they find each other.
       timeout: seconds to wait until all have started.
     """
     if place is None:
@@ -127,9 +128,9 @@ def _connect(place: Place, timeout: int) -> None:
             meeting.meet(*place, timeout)  # type: ignore[arg-type]
         jax.distributed.initialize(
             *place,
-            # On an explicit place every process takes all devices that it sees.
+            # With an explicit address every process uses all devices that it sees.
             cluster_detection_method="deactivate" if place.coordinator else None,
-            # Later than ours, since JAX would abort with a trace of its stack.
+            # Later than ours, since JAX would abort with a stack trace.
             initialization_timeout=timeout + 30,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
             shutdown_timeout_seconds=HEARTBEAT_TIMEOUT,
@@ -144,16 +145,16 @@ def _connect(place: Place, timeout: int) -> None:
 
 
 def _end(sentence: str) -> NoReturn:
-    """At once: an orderly end would wait for processes that are no more."""
+    """Exits at once: an orderly exit would wait for processes that have ended."""
     sys.stdout.flush()
     os.write(2, f"error: {sentence}\n".encode())
     os._exit(1)
 
 
 class _Watch:
-    """A connection of every process with process 0; the first to break ends this process.
+    """A connection of every process to process 0; the first one that breaks ends this process.
 
-    Where they cannot be made, a note says so, and JAX's heartbeats remain.
+    Where they cannot be made, a note says so, and only JAX's heartbeats remain.
     """
 
     def __init__(self, coordinator: str | None) -> None:
@@ -162,7 +163,7 @@ class _Watch:
         listener = socket.create_server(("", 0)) if self._index == 0 else None
         port = listener.getsockname()[1] if listener else 0
         names = _from_all(socket.gethostname())
-        # The word keeps others out who try the port.
+        # The secret word keeps out other programs that connect to the port.
         port, word = _from_all(f"{port} {secrets.token_hex(16)}")[0].split()
         self._names = [f"process {i} on {name}" for i, name in enumerate(names)]
         first = coordinator.rpartition(":")[0].strip("[]") if coordinator else names[0]
@@ -240,23 +241,23 @@ class _Watch:
         )
 
     def end(self, sentence: str) -> NoReturn:
-        """Ends this process and all others with a sentence that each of them says."""
+        """Ends this process and all others with a sentence that each of them prints."""
         self._tell(f"{_SAID} {self._names[self._index]}: {sentence}")
         _end(f"process {self._index}: {sentence}")
 
     def leave(self) -> None:
-        """Tells the others that this end is meant, once all have come so far."""
+        """Ends in order: when all processes are here, tells the others that this one ends."""
         multihost_utils.sync_global_devices("done")
-        # JAX's own end waits for the others, too, and aborts where one dies meanwhile.
+        # JAX's shutdown waits for the others, too, and aborts if one dies meanwhile.
         jax.distributed.shutdown()
         self._leaving.set()
         self._tell(_DONE)
 
 
 def _news(connection: socket.socket) -> str:
-    """The first line that is more than a sign of life; nothing if the connection ends before.
+    """The first line that is no heartbeat; empty if the connection ends before.
 
-    A line without an end was cut off when its process died, and says nothing.
+    A line without an end was cut off when its process died, and is ignored.
     """
     with connection.makefile("rb") as lines:
         for line in lines:
@@ -282,7 +283,7 @@ def _from_all(text: str) -> list[str]:
     return [bytes(row).rstrip(b"\0").decode(errors="replace") for row in rows]
 
 
-# --- Who speaks -----------------------------------------------------------------------------
+# --- Printing -------------------------------------------------------------------------------
 
 
 def is_first() -> bool:
@@ -291,6 +292,6 @@ def is_first() -> bool:
 
 
 def say(message: str) -> None:
-    """Prints, in one process, what all of them know."""
+    """Prints, in one process only, a message that all of them have."""
     if is_first():
         print(message)

@@ -1,4 +1,4 @@
-"""Where arrays live: one mesh of devices, batches and weights divided over it by one table.
+"""Where arrays are: one mesh of devices, over which one table shards batches and weights.
 
 The mesh has three axes. Over `data` and `fsdp` every device gets its own examples. Over `fsdp`
 the weights are divided, too, with all that the optimiser keeps for them (fully sharded data
@@ -72,14 +72,14 @@ def make_mesh(
     sizes = [-1, 1, 1] if shape is None else [shape[axis] for axis in AXES]
     if sizes[1] is None:
         sizes[1] = _width(sizes, devices)
-    # Not jax.make_mesh's default, AxisType.Explicit: there every operation must be told how
-    # its result is laid out, where here XLA decides.
+    # Not jax.make_mesh's default, AxisType.Explicit: there the layout of every
+    # result must be given, where here XLA decides.
     return jax.make_mesh(
         fill(sizes, len(devices)), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )
 
 
-# On TPUs weights are divided over so many devices unless the configuration says otherwise. A
+# On TPUs weights are sharded over this many devices by default. A
 # device then updates its part of them only, which is a quarter of what a small batch moves to
 # and from HBM. Over more devices each part is smaller, and the same is sent.
 FSDP_OF_TPUS = 16
@@ -96,10 +96,10 @@ def _width(sizes: Sequence[int | None], devices: Sequence[jax.Device]) -> int:
 def compiler_options(mesh: Mesh) -> dict[str, Any]:
     """Options with which XLA compiles a step for the devices of `mesh`.
 
-    XLA for TPUs likes to send weights around a ring while it multiplies with what has arrived
-    ("windowed einsum"). Every turn of the ring reads all activations again: a step of B/16 on
-    16 v5e that share the weights, with 64 examples each, moved 216 GB to and from HBM, where
-    gathering first moves 20.
+    By default XLA for TPUs sends weights around a ring while it multiplies with what has
+    arrived ("windowed einsum"). Every turn of the ring reads all activations again: a step of
+    B/16 on 16 v5e that share the weights, with 64 examples each, moved 216 GB to and from HBM,
+    where gathering first moves 20.
     """
     if mesh.devices.flat[0].platform != "tpu":
         return {}
@@ -141,7 +141,7 @@ def check_batch_size(field: str, batch_size: int, mesh: Mesh, accumulation: int 
         )
 
 
-# --- What lives where ---------------------------------------------------------------------
+# --- Shardings ----------------------------------------------------------------------------
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -205,7 +205,7 @@ def gather(params: Any, mesh: Mesh) -> Any:
     return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(params))
 
 
-@functools.cache  # asked for every batch
+@functools.cache  # called for every batch
 def batch_parts(mesh: Mesh) -> tuple[tuple[int, ...], int]:
     """Which parts of a batch the devices of this process need, and of how many equal ones.
 
@@ -237,7 +237,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def seeing(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, to be jitted, with a mesh that the network sees when it is traced.
 
-    There it pins its activations (`layers.split_by_example`). XLA, left alone, may divide them
+    There it pins its activations (`layers.split_by_example`). By default XLA may shard them
     like the weights instead, and exchange activations where it should gather weights.
     """
 
@@ -248,7 +248,7 @@ def seeing(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
-# --- Told to whoever starts a run ---------------------------------------------------------
+# --- Printed at the start of a run ---------------------------------------------------------
 
 
 def bytes_per_device(tree: Any, mesh: Mesh) -> int:

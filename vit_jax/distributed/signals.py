@@ -1,4 +1,4 @@
-"""Signals become a flag that the loop reads."""
+"""Signals set a flag that the training loop reads."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ class StopSignal:
 
     A second Ctrl-C interrupts. SIGHUP comes when a terminal or a connection is closed; where it
     was ignored from the beginning, as under `nohup`, it stays so. Of several processes, any of
-    which may have got the signal, `requested` is set in all of them by `reached` at the same
-    step; JAX listens to SIGTERM there.
+    which may have received the signal, `requested` is set in all of them by `reached` at the
+    same step; JAX listens to SIGTERM there.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class StopSignal:
         self._previous: dict[int, Any] = {}
 
     def reached(self, step: int) -> bool:
-        """Whether to stop at this step, the same in every process; to be asked at each step."""
+        """Whether to stop at this step, the same in every process; call it at each step."""
         if jax.process_count() > 1:
             self.requested |= multihost_utils.reached_preemption_sync_point(step)
         return self.requested

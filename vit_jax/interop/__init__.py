@@ -1,1 +1,1 @@
-"""Other people's weights: reading, writing, and fitting them to a model of ours."""
+"""Weights of other projects: reading, writing, and converting them for a model of ours."""

@@ -1,8 +1,8 @@
-"""The first layer of weights, for images of another number of channels: timm's way.
+"""Adapts the first layer to another number of channels, as timm does.
 
-One channel gets the sum of the kernel over all that there were: a grey image then gives what
-it gave as a colour image. More, or fewer, get the kernels there are, in turn, scaled so that
-their sum stays about as large. What follows the first layer stays as it is.
+One channel gets the sum of the kernel over all channels: a grey image then has the same result
+as its colour version. Other numbers of channels repeat the kernels in turn, scaled so that
+their sum stays about as large. Other layers do not change.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ def adapt_first(params: Any, old: int, new: int) -> tuple[Any, str]:
     Args:
       params: of a Vision Transformer, a hybrid, a ResNet or a Mixer.
       old: channels that they were trained with.
-      new: channels that they shall take.
+      new: channels of the new images.
     """
     name = next(name for name in FIRST if name in params)
     kernel = np.asarray(params[name]["kernel"], np.float32)
@@ -36,15 +36,15 @@ def adapt_first(params: Any, old: int, new: int) -> tuple[Any, str]:
 
 
 def check(name: str, ours: int, theirs: int, asked: bool) -> None:
-    """Refuses images of another number of channels than the weights', unless asked for.
+    """Refuses images of another number of channels than the weights', unless it was requested.
 
-    Who sets data.channels, on the command line or to anything but its default, asks for it.
+    Setting data.channels, on the command line or to anything but its default, requests it.
 
     Args:
       name: of the weights.
       ours: data.channels.
       theirs: channels that they were trained with.
-      asked: whether somebody set data.channels.
+      asked: whether data.channels was set.
 
     Raises:
       UserError: naming both numbers and what to set.

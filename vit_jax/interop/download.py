@@ -9,12 +9,11 @@
     hf:owner/name, hf:owner/name@v1.0   a Hugging Face model (a folder), at a revision
     https://...                         any file
 
-What is fetched stays in a cache folder and is not fetched again; delete the file to renew
-it, which is also how to follow a branch of a Hugging Face model that has moved on. Its size and
-SHA-256 are kept beside it, in .NAME.fetched, and compared when it is used: a file that was
-damaged since is moved aside and fetched anew. One that you put there yourself is taken as it
-is. Files are only stored here: nothing in them is run. Three environment variables change
-where:
+A download stays in a cache folder and is not fetched again; delete the file to renew it, for
+example when a branch of a Hugging Face model has changed. Its size and SHA-256 are stored
+beside it, in .NAME.fetched, and compared when it is used: a file that was damaged since is
+moved aside and fetched again. A file that you put there yourself is used unchecked. Nothing in
+the files is executed. Three environment variables change the locations:
 
     VIT_JAX_CACHE      the cache folder, see vit_jax/system/cache.py
     VIT_JAX_GCS_URL    a mirror of Google's buckets, else https://storage.googleapis.com
@@ -78,7 +77,7 @@ _MODELS = {
 _WORD = r"[A-Za-z0-9_][A-Za-z0-9_.+-]*"
 _REPOSITORY = re.compile(rf"({_WORD}/{_WORD})(?:@({_WORD}(?:/{_WORD})*))?")
 
-# A server that sends nothing of use is given up after five tries, each of which takes at most
+# A server that sends nothing useful is abandoned after five tries, each of which takes at most
 # six times _TIMEOUT: to connect, for redirects and the head of the answer, for bytes too few.
 # Others, who wait for the lock, wait no longer.
 _TIMEOUT = 10.0  # seconds without an answer, or without one more byte
@@ -92,11 +91,11 @@ _PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each new try of a connection th
 def resolve(name: str, cache: Path | None = None) -> Path:
     """The file or folder that `name` stands for, fetched into `cache` where it is not here.
 
-    A name that exists as a path is that path. The module describes the other kinds of names
-    and the default of `cache`. A file appears in the cache whole and verified, or not at all.
+    A name that exists as a path is that path. The module describes the other kinds of names and
+    the default of `cache`. A file appears in the cache complete and verified, or not at all.
 
     Raises:
-      UserError: the name is malformed, or means nothing here or on the server; the server
+      UserError: the name is malformed, or exists neither here nor on the server; the server
         cannot be reached; the download is damaged; or the cache cannot be written.
     """
     path = os.path.expanduser(name)
@@ -218,7 +217,7 @@ def _huggingface(name: str, cache: Path) -> Path:
     config, weights = folder / "config.json", folder / "model.safetensors"
     index = _beside(weights, ".index.json")
     if _is_whole(config) and (_is_whole(weights) or _shards_are_whole(index)):
-        return folder  # without asking again for the optional file
+        return folder  # without another request for the optional file
     url = f"{_host('VIT_JAX_HF_URL')}/{quote(repository)}/resolve/{revision}"
     _fetch(f"{url}/config.json", config)
     with contextlib.suppress(_NotFound):
@@ -263,7 +262,7 @@ def _shards_are_whole(index: Path) -> bool:
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         shards = set(bounded.parse_json(bounded.read(index))["weight_map"].values())
         return all(_is_whole(index.with_name(shard)) for shard in shards)
-    return True  # put there by somebody: its reader will say what is wrong with it
+    return True  # put there by the user: its reader reports what is wrong with it
 
 
 def _web(url: str, cache: Path) -> Path:
@@ -295,7 +294,7 @@ class _Cut(Exception):
 
 
 class _Slow(_Cut):
-    """So few bytes came that there is no end in sight."""
+    """The server sends too few bytes to finish."""
 
 
 class _Unreachable(_Cut):
@@ -329,12 +328,12 @@ def _is_whole(path: Path) -> bool:
         known = bounded.parse_json(bounded.read(fetched))
         size, digest = int(known["size"]), str(known["sha256"])
     except (OSError, ValueError, LookupError, TypeError):
-        return True  # put there by somebody, or by a version that kept no record
+        return True  # put there by the user, or by a version that kept no record
     found = path.stat().st_size
     if found == size and _sha256(path) == digest:
         return True
     aside = _beside(path, ".damaged")
-    with contextlib.suppress(FileNotFoundError):  # another process has found out, too
+    with contextlib.suppress(FileNotFoundError):  # another process has moved it already
         os.replace(path, aside)
     fetched.unlink(missing_ok=True)
     how = f"it has {found:,} of {size:,} bytes" if found != size else "its SHA-256 is another"
@@ -373,8 +372,8 @@ def _download(url: str, path: Path) -> None:
                     f"cannot reach {url} ({cut}); go online, or put the file at {path}."
                 ) from cut
             first = False
-            # Tries count from the last progress: a poor line must not stop a big file. But a
-            # byte for each try is none, or others would wait for the lock for ever.
+            # Tries count from the last progress: a bad connection must not stop a large file.
+            # But one byte a try is no progress, or others would wait for the lock for ever.
             size = part.stat().st_size if part.exists() else 0
             enough = size - max(most, 0) >= _FLOOR * (time.monotonic() - since)
             if size > most and enough and not isinstance(cut, _Slow):
@@ -445,7 +444,7 @@ _PAGE = re.compile(rb"\s*<(?:!doctype\s+html|html)\b", re.IGNORECASE)
 
 
 def _check_no_page(is_page: bool, url: str, path: Path) -> None:
-    """Raises UserError for what networks send to whoever has not logged in yet."""
+    """Raises UserError for the login page of a network."""
     if is_page:
         raise UserError(
             f"the server answers {url} with a web page, not with a file: see in a browser what "
@@ -522,7 +521,7 @@ def _verify(part: Path, checksum: tuple[str, str] | None, url: str) -> None:
         return
     kind, expected = checksum
     with part.open("rb") as file:
-        # MD5 guards against accidents here; systems that forbid it as a seal allow that.
+        # MD5 guards against accidents here; systems that forbid it for security allow that.
         found = hashlib.file_digest(file, lambda: hashlib.new(kind, usedforsecurity=False))
     if expected not in (found.hexdigest(), base64.b64encode(found.digest()).decode()):
         _forget(part)

@@ -1,8 +1,8 @@
 """Families of published weights, and the form in which every reader here returns them.
 
 Two files with the same arrays can mean different networks: the GELU, the epsilon of the
-LayerNorms, the scale of the pixels and the way to resize position embeddings stand in the
-code that trained them, not in the file. A *family* names that code.
+LayerNorms, the scale of the pixels and the way to resize position embeddings are
+defined by the code that trained them, not by the file. A *family* names that code.
 """
 
 import dataclasses
@@ -90,7 +90,7 @@ FAMILIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Imported:
-    """Somebody else's weights as one of our models.
+    """Weights of another project as one of our models.
 
     Attributes:
       family: a name of `FAMILIES`.
@@ -196,7 +196,7 @@ _Config = TypeVar("_Config", ViTConfig, MixerConfig, ResNetConfig)
 
 
 def configure(source: Path, kind: type[_Config], **fields: Any) -> _Config:
-    """A configuration, with the file named in its complaint.
+    """A configuration, whose error message names the file.
 
     Raises:
       UserError: no model can have these numbers.

@@ -52,7 +52,7 @@ from vit_jax.models.vit_config import ViTConfig
 from vit_jax.system.errors import UserError
 
 _PREFIXES = ("", "opt/target/", "params/", "params/img/")
-# One of these is in every file, and says which prefix its names have.
+# One of these is in every file, and shows which prefix its names have.
 _FIRST = ("embedding/kernel", "stem/kernel", "conv_root/kernel")
 _LINEN = {
     "MultiHeadDotProductAttention_1": "MultiHeadDotProductAttention_0",
@@ -146,8 +146,8 @@ def _outputs(arrays: Arrays, layer: str, source: Path) -> int:
 
 
 def _modernise(arrays: Arrays, source: Path) -> Arrays:
-    """Linen's numbering, and attention pooling where it stands today."""
-    if "probe" in arrays:  # it stood at the top level once
+    """Linen's numbering, and the current place of attention pooling."""
+    if "probe" in arrays:  # it was at the top level in old files
         inline = r"(probe$|MlpBlock_0/|MultiHeadDotProductAttention_0/|LayerNorm_0/)"
         move = lambda name: f"MAPHead_0/{name}" if re.match(inline, name) else name
         arrays = rename(arrays, move, source)
@@ -183,7 +183,7 @@ def _configure(
     notes: list[str],
     given_pool: str | None = None,
 ) -> tuple[Arrays, ViTConfig]:
-    """Reads the numbers of the model off the shapes; positions move to where ours are."""
+    """Infers the configuration from the shapes; moves positions to our place."""
     if "MAPHead_0/probe" in arrays and "cls" in arrays:
         raise UserError(
             f"{source} cannot be held exactly by our model: it pools the class token with the "
@@ -302,7 +302,7 @@ def _resnet(arrays: Arrays, source: Path) -> tuple[tuple[int, ...], int]:
 def _configure_resnet(
     arrays: Arrays, source: Path, image_size: tuple[int, int] | None, notes: list[str]
 ) -> ResNetConfig:
-    """Reads the numbers of a ResNet classifier off the shapes."""
+    """Infers the configuration of a ResNet classifier from the shapes."""
     units, factor = _resnet(arrays, source)
     if image_size is None:
         image_size = _RESNET_IMAGES
@@ -350,7 +350,7 @@ def _modernise_mixer(arrays: Arrays, source: Path) -> Arrays:
 def _configure_mixer(
     arrays: Arrays, family: str, source: Path, image_size: tuple[int, int] | None
 ) -> MixerConfig:
-    """Reads the numbers of a Mixer off the shapes."""
+    """Infers the configuration of a Mixer from the shapes."""
     patch, _, channels, width = axes(arrays, "stem/kernel", 4, source)
     tokens = "MixerBlock_0/token_mixing/Dense_0/kernel"
     patches, tokens_mlp_dim = axes(arrays, tokens, 2, source)
@@ -386,7 +386,7 @@ def write(path: Path, cfg: ModelConfig, params: Params) -> tuple[str, ...]:
       params: its parameters, one `encoderblock_i` a layer.
 
     Returns:
-      Sentences about what whoever reads the file has to know.
+      Sentences about what readers of the file need to know.
 
     Raises:
       UserError: the layout has no place for something in the model.
@@ -439,7 +439,7 @@ def _vit_arrays(path: Path, cfg: ViTConfig, params: Params) -> Arrays:
 
 
 def _left_unsaid(cfg: ModelConfig) -> list[str]:
-    """What a reader of the file would get wrong, or has to be told."""
+    """Notes on what a reader of the file would get wrong, or needs to know."""
     notes = []
     height, width = cfg.image_size
     if cfg.image_size != (_RESNET_IMAGES if isinstance(cfg, ResNetConfig) else (height,) * 2):

@@ -96,7 +96,7 @@ def read_folder(folder: Path) -> tuple[Arrays, str]:
     """Reads the weights of a folder, in one file or in several with an index.
 
     Returns:
-      As `files.read_nested`.
+      As `weight_files.read_nested`.
 
     Raises:
       UserError: there are none, or the index does not fit them.
@@ -153,7 +153,7 @@ def read(
 
     Args:
       state: arrays by their names.
-      source: where they come from, for messages; what lies beside it is read, too.
+      source: where they come from, for messages; the files beside it are read, too.
       config: the `config.json`.
       image_size: (H, W) that positions are for, if neither a square nor said by `config`.
       num_heads: if it is not to be read from `config` or inferred from the width.
@@ -226,7 +226,7 @@ def _configure(
     given_pool: str | None,
     notes: list[str],
 ) -> ViTConfig:
-    """Reads the numbers of the model off the shapes, and what they do not say off `config`."""
+    """Infers the configuration from the shapes, and the rest from `config`."""
     width, channels, patch, _ = axes(state, PATCHES, 4, source)
     block = "encoder.layer.0."
     dinov2 = model.startswith("dinov2")
@@ -305,7 +305,7 @@ def write(
     input_size: tuple[int, int] | None = None,
     multi_label: bool = False,
 ) -> tuple[str, ...]:
-    """Writes a folder that transformers' `from_pretrained` reads with nothing else given.
+    """Writes a folder that transformers' `from_pretrained` reads without other arguments.
 
     Args:
       folder: where to; made if it is not there.

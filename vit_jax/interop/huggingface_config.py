@@ -13,7 +13,7 @@ def image_size_of(config: dict[str, Any]) -> tuple[int, int] | None:
     match size if isinstance(size, list) else [size, size]:
         case [int(height), int(width)] if height > 0 and width > 0:
             return height, width
-    return None  # the position embeddings will tell
+    return None  # the position embeddings determine it
 
 
 PROBLEMS = ("single_label_classification", "multi_label_classification")

@@ -29,9 +29,9 @@ def load_weights(
     pool: str | None = None,
     weights: str | None = None,
 ) -> Imported:
-    """Reads somebody else's weights.
+    """Reads weights of another project.
 
-    What is given here counts before what the file says, and that before what is assumed.
+    Arguments have precedence over the file, and the file over assumptions.
 
     Args:
       path: an `.npz`, `.safetensors` or PyTorch file, or a folder with a `config.json`. Names
@@ -74,7 +74,7 @@ def load_weights(
 
 
 def _check_taken(found: Imported, said: dict[str, Any], path: Path) -> None:
-    """Refuses what was said and is not so, because the arrays decide it.
+    """Refuses flags that contradict the arrays.
 
     Raises:
       UserError: naming the flag and what the file has.
@@ -84,7 +84,7 @@ def _check_taken(found: Imported, said: dict[str, Any], path: Path) -> None:
         if value is not None and has.get(flag) != value:
             value = "x".join(map(str, value)) if isinstance(value, tuple) else value
             raise UserError(
-                f"--{flag}={value} is not so: {path} has {flag} {has.get(flag, 'of no kind')}"
+                f"--{flag}={value} is wrong: {path} has {flag} {has.get(flag, 'of no kind')}"
             )
 
 

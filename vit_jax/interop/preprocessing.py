@@ -1,7 +1,7 @@
 """What a `preprocessor_config.json` says about images, as `data.transforms.language`, and back.
 
-Every setting is obeyed, or the reason why it cannot be is told: pixels that are prepared half
-as the publisher does are worse than none. https://github.com/huggingface/transformers
+Every setting is applied, or the reason why it cannot be is reported: pixels that are prepared
+only partly as published are worse than none. https://github.com/huggingface/transformers
 """
 
 import math
@@ -13,8 +13,8 @@ from vit_jax.models.vit_config import ViTConfig
 from vit_jax.system.errors import UserError
 
 Size = tuple[int, int]  # height, width
-# Pixels of an edge, and patches of an image, that a publisher can mean: larger ones would be
-# asked of the memory before anything is noticed.
+# Largest plausible pixels of an edge and patches of an image: larger ones would exhaust the
+# memory before an error is noticed.
 _MOST_EDGE, _MOST_PATCHES = 20_000, 1 << 16
 
 RESAMPLE = {  # PIL's codes
@@ -39,7 +39,7 @@ _COMMON: dict[str, Any] = {
 _COMMON |= {"rescale_factor": 1 / 255, "default_to_square": True, "crop_size": None}
 _CROP = {"crop_size": 224, "do_center_crop": True}
 _SHORTER = _CROP | {"size": {"shortest_edge": 224}, "default_to_square": False}
-# What the classes of transformers 5 take where a file is silent.
+# The defaults of the classes of transformers 5.
 PROCESSORS: dict[str, dict[str, Any]] = {
     "ViT": _COMMON | _HALF | {"size": 224, "resample": 2},
     "DeiT": _COMMON | _HALF | _CROP | {"size": 256, "resample": 3},
@@ -80,7 +80,7 @@ OBEYED = tuple(PROCESSORS["ViT"])
 
 
 class Unobeyed(Exception):
-    """Why a published setting cannot be obeyed: the rest of a sentence that names the file."""
+    """Why a published setting cannot be applied: the rest of a sentence that names the file."""
 
 
 class Said(NamedTuple):
@@ -230,7 +230,7 @@ def from_processor(
       processor: its content.
       model: the `model_type` of the `config.json` beside it.
       cfg: the network.
-      notes: gets a sentence for what cannot be obeyed.
+      notes: gets a sentence for what cannot be applied.
     """
     given: dict[str, Any] = {}
     try:

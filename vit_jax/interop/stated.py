@@ -1,4 +1,4 @@
-"""What the person who opens weights says about them, because their file does not.
+"""What the user states about weights, because their file does not say it.
 
 One definition of these flags for every command that opens weights.
 """
@@ -9,7 +9,7 @@ from vit_jax.system.errors import UserError
 
 
 class Stated(NamedTuple):
-    """Arguments of `interop.load.load_weights`, None where nothing was said."""
+    """Arguments of `interop.load.load_weights`, None where not stated."""
 
     image_size: tuple[int, int] | None = None  # (H, W) that positions are for, in pixels
     num_heads: int | None = None
@@ -18,10 +18,10 @@ class Stated(NamedTuple):
     weights: str | None = None
 
     def check_unused(self, name: str) -> None:
-        """Refuses for weights of our own, which say all of it themselves.
+        """Refuses these arguments for our own weights, which contain all of them.
 
         Raises:
-          UserError: something was said about `name`.
+          UserError: something was stated about `name`.
         """
         said = {"source_image_size" if f == "image_size" else f: x for f, x in self._by_name()}
         if given := [f"--{flag}" for flag, value in said.items() if value is not None]:

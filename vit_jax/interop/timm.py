@@ -137,11 +137,11 @@ def read(
       state: arrays by their names in the network.
       source: where they come from, for messages.
       config: the `config.json` of a timm folder, if there is one.
-      origin: the second result of `files.read`.
+      origin: the second result of `weight_files.read`.
       image_size: (H, W) if the position embeddings are not for a square.
       num_heads: if it is not to be inferred from the width.
       family: a name of `FAMILIES`, if it is not to be guessed.
-      pool: `cls` | `gap` | `cls_gap` | `map`, if the arrays do not tell.
+      pool: `cls` | `gap` | `cls_gap` | `map`, if it does not follow from the arrays.
       prefix: what stood before the names in the file.
 
     Raises:
@@ -164,7 +164,7 @@ def read(
     if offset := timm_config.pretrained_cfg(config or {}).get("label_offset"):
         raise UserError(
             f"{source} has label_offset={offset!r} in its config.json, by which classes are "
-            f"moved: save it anew by timm, which applies it"
+            f"moved: save it again with timm, which applies it"
         )
     if args.get("pool_include_prefix"):
         raise UserError(
@@ -295,7 +295,7 @@ def _family(
     config: dict[str, Any] | None,
     notes: list[str],
 ) -> str:
-    """Who trained this? Same arrays, same numerics, but another scale of the pixels."""
+    """The family: the same arrays and numerics, but another scale of the pixels."""
     scaled = "blocks.0.ls1.gamma" in state
     if f"blocks.0.{_TABLE}" in state or not _key_bias(state):
         return "beit"
@@ -323,7 +323,7 @@ def _family(
             family = "dino"
     if config is None:
         notes.append(
-            f"Nothing in the file tells DeiT, DINO, MAE and timm apart for sure: the "
+            f"Nothing in the file distinguishes DeiT, DINO, MAE and timm for sure: the "
             f"preprocessing of {family!r} assumed, from the form of the file; --family=NAME "
             f"says another."
         )
@@ -340,7 +340,7 @@ def _configure(
     pool: str | None,
     notes: list[str],
 ) -> ViTConfig:
-    """Reads the numbers of the model off the shapes."""
+    """Infers the configuration from the shapes."""
     width, channels, patch, _ = axes(state, "patch_embed.proj.weight", 4, source)
     mlp_dim = axes(state, "blocks.0.mlp.fc2.weight", 2, source)[1]
     swiglu = "blocks.0.mlp.fc1[gate].weight" in state
@@ -457,10 +457,10 @@ def write(
       path: where to.
       cfg: the model.
       params: its parameters, one `encoderblock_i` a layer.
-      images: what `IMAGES` are, for the header, which nobody else reads.
+      images: the values of `IMAGES` for the header, which only we read.
 
     Returns:
-      Sentences about what whoever reads the file has to know.
+      Sentences about what readers of the file need to know.
 
     Raises:
       UserError: timm has no place for something in the model.

@@ -1,6 +1,6 @@
 """timm's hybrids, whose patches are cut from the map of a ResNet, and its MLP-Mixers.
 
-A hybrid is read as what it is: a Vision Transformer whose images are feature maps
+A hybrid is read in two parts: a Vision Transformer whose images are feature maps
 (`interop.timm`), and the ResNet that makes them. Numerics differ a little in that ResNet:
 
   weight standardisation   timm divides by sqrt(variance + 1e-8), we by deviation + 1e-5
@@ -144,7 +144,7 @@ def _holds(state: Arrays, cells: tuple[int, int]) -> bool:
     """Whether position embeddings of one prefix row or none are for a map of that size."""
     patch, table = state.get("patch_embed.proj.weight"), state.get("pos_embed")
     if patch is None or table is None or patch.ndim != 4 or table.ndim != 3:
-        return False  # of which reading will complain
+        return False  # which fails when it is read
     patches = (cells[0] // patch.shape[2]) * (cells[1] // patch.shape[2])
     return table.shape[1] - patches in (0, 1, 2)
 
@@ -230,7 +230,7 @@ def _configure_mixer(
     image_size: tuple[int, int] | None,
     notes: list[str],
 ) -> MixerConfig:
-    """Reads the numbers of the model off the shapes."""
+    """Infers the configuration from the shapes."""
     width, channels, patch, _ = axes(state, "stem.proj.weight", 4, source)
     tokens_mlp_dim, patches = axes(state, "blocks.0.mlp_tokens.fc1.weight", 2, source)
     mlp_dim, _ = axes(state, "blocks.0.mlp_channels.fc1.weight", 2, source)

@@ -152,11 +152,11 @@ def export(cfg: ViTConfig, params: Params, source: Path) -> Arrays:
     """Parameters by our names, position embeddings of any kind as one learned table.
 
     Raises:
-      UserError: they are not those of `cfg`, or it has positions that nobody else has.
+      UserError: they are not those of `cfg`, or it has positions that only we have.
     """
     if cfg.posemb_at != "stem" or cfg.relative == "keys":
         raise UserError(
-            f"{source} cannot be written: nobody else's layout has positions as "
+            f"{source} cannot be written: no other layout has positions as "
             f"model.posemb_at={cfg.posemb_at!r} and model.relative={cfg.relative!r} do"
         )
     arrays = {name: np.asarray(value) for name, value in flatten(params).items()}

@@ -1,6 +1,6 @@
 """Weights of one model as the beginning of another: fine-tuning (2010.11929, section 3.2).
 
-The encoder is taken over, position embeddings are resized to the new grid, the head is new.
+The encoder is copied, position embeddings are resized to the new grid, the head is new.
 The tanh layer of the pre-training head goes with the head, unless the new model has one of
 the same width.
 """
@@ -14,7 +14,7 @@ from vit_jax.models.resize_positions import resize_params
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.system.errors import UserError
 
-_SHAPE = ("depth", "width", "mlp_dim", "num_heads", "pool")  # of what does not fit, told first
+_SHAPE = ("depth", "width", "mlp_dim", "num_heads", "pool")  # reported before other fields
 _SHOWN = 30  # arrays that a message names
 _NEW = ("head", "head_dist")  # always from the fresh initialisation
 
@@ -28,7 +28,7 @@ def adapt(
       params: the parameters of `old`.
       old: what they were trained as.
       fresh: initial parameters of `new`, which the head is taken from.
-      new: what they shall become.
+      new: the model to make them for.
       resize: a name of `models.resize_positions.METHODS`.
 
     Returns:
@@ -47,7 +47,7 @@ def adapt(
         notes.append(note)
     if isinstance(old, ViTConfig) and isinstance(new, ViTConfig) and old.grid != new.grid:
         params = resize_params(params, old, new, resize)
-        how = {"sincos2d": "computed anew", "none": "none"}.get(old.posemb, resize)
+        how = {"sincos2d": "computed again", "none": "none"}.get(old.posemb, resize)
         sizes = " to ".join(f"{rows}x{columns}" for rows, columns in (old.grid, new.grid))
         notes.append(f"position embeddings: {sizes} ({how})")
     layers = [tree["pre_logits"] for tree in (params, target) if "pre_logits" in tree]

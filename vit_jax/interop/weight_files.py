@@ -1,9 +1,9 @@
 """Files of arrays, opened without trusting them.
 
-`.npz`, `.safetensors` and PyTorch files are told apart by their first bytes, never by their
+`.npz`, `.safetensors` and PyTorch files are recognised by their first bytes, never by their
 names. Nothing in them is executed, and nothing is allocated before the sizes that a file
-declares were compared with the size that it has. Whatever is wrong, the reader says it in one
-sentence (`UserError`).
+declares were compared with the size that it has. Every error is one sentence
+(`UserError`).
 
 Formats: numpy's NEP 1 (`.npy`) in a zip archive; https://github.com/huggingface/safetensors.
 """
@@ -62,7 +62,7 @@ class _Reason(Exception):
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """Turns whatever goes wrong inside into one sentence that names the file."""
+    """Turns every error inside into one sentence that names the file."""
     try:
         yield
     except UserError:
@@ -74,7 +74,7 @@ def _named(path: Path) -> Iterator[None]:
     except bounded.Unfit as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     except Exception as error:
-        # A damaged file may trip any line of zipfile, zlib, json or torch.
+        # A damaged file may make any line of zipfile, zlib, json or torch fail.
         what = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"{path} is damaged or not what it claims to be: {what}") from error
 
@@ -153,7 +153,7 @@ def _kind(path: Path) -> str:
 
 
 def _declared(total: int, size: int) -> None:
-    """Refuses an archive that would unpack to much more than it is."""
+    """Refuses an archive that would unpack to far more than its size."""
     if total > _MAX_RATIO * size + _MAX_SLACK:
         raise _Reason(f"would unpack from {size} to {total} bytes, which no weights do")
 
@@ -212,7 +212,7 @@ def npz_comment(path: Path) -> dict[str, Any]:
             said = json.loads(archive.comment or b"{}")["vit_jax"]
         return said if isinstance(said, dict) else {}
     except (ValueError, LookupError, TypeError, RecursionError):
-        return {}  # a comment of somebody else's
+        return {}  # a comment that is not ours
 
 
 def _read_npy(file: IO[bytes], name: str, size: int) -> np.ndarray:
@@ -232,7 +232,7 @@ def _read_npy(file: IO[bytes], name: str, size: int) -> np.ndarray:
         raise _Reason(f"has an array {name!r} of Python objects, which could run code")
     if not _NPY_DTYPE.fullmatch(code):
         raise _Reason(f"has an array {name!r} of type {code!r}, which no weights have")
-    # numpy has no bfloat16 of its own and saves it as two nameless bytes.
+    # numpy has no bfloat16 of its own and saves it as two untyped bytes.
     dtype = _BF16 if code.endswith("V2") else np.dtype(code)
     shape = tuple(int(n) for n in re.findall(rb"\d+", match["shape"]))
     data = size - 8 - width - length
@@ -273,7 +273,7 @@ def _read_safetensors(path: Path) -> Arrays:
             arrays[name] = np.frombuffer(file.read(end - begin), dtype).reshape(shape)
             begin = end
     if begin != size - 8 - length:
-        raise _Reason(f"has {size - 8 - length} bytes of data, where its header wants {begin}")
+        raise _Reason(f"has {size - 8 - length} bytes of data, where its header needs {begin}")
     return arrays
 
 
@@ -373,8 +373,8 @@ def write_npz(
 ) -> None:
     """Writes an uncompressed `.npz`, the same bytes for the same arrays.
 
-    bfloat16 becomes two nameless bytes (`V2`), as in everybody's files. The comment, for
-    `npz_comment`, is that of the archive, which nobody else reads.
+    bfloat16 becomes two untyped bytes (`V2`), as in all such files. The comment, for
+    `npz_comment`, is that of the archive, which only we read.
     """
 
     with replacing(path) as part, zipfile.ZipFile(part, "w") as archive:

@@ -1,12 +1,12 @@
-"""Where in a file the weights of the image model are, and which ones of several.
+"""Finds the weights of the image model in a file, and chooses among several.
 
-Training code keeps a network under words of its own: those of dictionaries (`model`,
+Training code adds prefixes to the names of a network: those of dictionaries (`model`,
 `state_dict`, `teacher`), of modules around it (`module.` of DDP, `_orig_mod.` of
 torch.compile, `backbone.`, `net.`, `base_encoder.`), in any nesting. No list has them all, and
-none is needed: what stands before the patch embedding is the prefix of a network.
+none is needed: what precedes the patch embedding is the prefix of a network.
 
-Where a file holds two, one of them an average of the other over training, the average is
-taken: it is what timm loads, and what DINO's authors publish. MoCo's evaluate the other one.
+Where a file holds two, one of them an average of the other over training, the average is read:
+it is what timm loads, and what DINO's authors publish. MoCo's authors evaluate the other one.
 """
 
 import re
@@ -21,7 +21,7 @@ from vit_jax.system.errors import UserError
 
 WEIGHTS = ("raw", "ema")
 # How the name of one array ends that every network of a kind has, after the prefix; and what
-# else must then be there, so that other networks are not taken for it.
+# else must then be there, so that other networks are not mistaken for it.
 _HUGGING_FACE = "|".join(re.escape(prefix) for prefix in sorted(PREFIXES, key=len)[::-1])
 ANCHORS: dict[str, tuple[str, str]] = {
     "timm": (r"patch_embed\.proj\.weight", ""),
@@ -73,7 +73,7 @@ def averaged(prefix: str) -> bool:
 
 
 def choose(arrays: Arrays, weights: str | None, source: Path) -> Chosen:
-    """The arrays of the network, or of the one that `weights` asks for.
+    """The arrays of the network, or of the one that `weights` selects.
 
     Args:
       arrays: of a file, dictionaries in it joined by dots.
@@ -81,7 +81,7 @@ def choose(arrays: Arrays, weights: str | None, source: Path) -> Chosen:
       source: for messages.
 
     Raises:
-      UserError: there are several networks, or none of those that are asked for.
+      UserError: there are several networks, or not the selected one.
     """
     if weights not in (None, *WEIGHTS):
         raise UserError(f"--weights={weights}: use one of {', '.join(WEIGHTS)}")
@@ -111,7 +111,7 @@ def choose(arrays: Arrays, weights: str | None, source: Path) -> Chosen:
 
 
 def _likeliest(found: list[str]) -> str | None:
-    """The network under the first of the usual words, where exactly one is; else None."""
+    """The network under the first usual prefix, where exactly one is; else None."""
     for word in ("", *WRAPPERS):
         under = [prefix for prefix in found if prefix.split(".")[0] == word]
         if under:

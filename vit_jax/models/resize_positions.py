@@ -1,8 +1,8 @@
-"""Position embeddings for another grid of patches, each family in its own way.
+"""Resizes position embeddings to another grid of patches, by the method of each family.
 
 "Interpolate the position embeddings" (arXiv 2010.11929, section 3.2) means different things
 in different code bases, and the differences are not small (up to 0.5 rms on unit-normal
-tables when shrinking). So the way has a name:
+tables when shrinking). So each method has a name:
 
   corner             bilinear between corners: Google, `scipy.ndimage.zoom(order=1)`
   half_pixel         bilinear between pixel centres: timm, when it reads Google's files

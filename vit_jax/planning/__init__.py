@@ -1,1 +1,1 @@
-"""What a compiled program needs and how long it may take, read off without running it."""
+"""The needs and the estimated time of a compiled program, without running it."""

@@ -4,8 +4,8 @@ Peaks and bandwidths are those of Google Cloud's pages "TPU v4", "TPU v5e", "TPU
 v6e" (docs.cloud.google.com/tpu/docs), read in November 2026; editions of the last three differ
 by up to 3% in the bandwidth of the memory. A page gives the interconnect of a chip as a sum
 over its links in both directions: 400 GB/s and 4 links for v5e are 50 GB/s a link and
-direction. That of v4 is not on its page: 6 links of 50 GB/s are what its paper is remembered
-to say (arXiv 2304.01433), unverified. The memories are what libtpu 0.0.52 lets a program use,
+direction. That of v4 is not on its page: 6 links of 50 GB/s are recalled from its paper
+(arXiv 2304.01433), unverified. The memories are what libtpu 0.0.52 lets a program use,
 of 32 (v4), 16, 95 and 32 GB on the pages.
 """
 

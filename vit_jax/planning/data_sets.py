@@ -1,4 +1,4 @@
-"""Sizes of data sets that need not be there."""
+"""Sizes of known data sets, which need not be present."""
 
 # Classes, and examples of an epoch, of data sets that need not be there.
 KNOWN = {

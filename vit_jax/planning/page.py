@@ -1,4 +1,4 @@
-"""A plan as text for people, and as JSON."""
+"""A plan as readable text and as JSON."""
 
 import dataclasses
 from typing import Any
@@ -94,7 +94,7 @@ def to_json(plan: Plan) -> dict[str, Any]:
 
 
 def attempt_line(plan: Plan) -> str:
-    """A line for whoever waits for a search."""
+    """A line of progress for each attempt of a search."""
     used = gib(plan.used) if plan.used else "?"
     return (
         f"remat {plan.remat:5} {plan.per_device_batch:5} a device: {used:>10}, "

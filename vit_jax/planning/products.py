@@ -1,6 +1,6 @@
 """The matrix products of a traced program, counted in its jaxpr: what is really computed.
 
-Where `models/flops.py` counts from the shape of a network, this counts what stands in the
+Where `models/flops.py` counts from the shape of a network, this counts the operations of the
 program, recomputation of the backward pass included, and as often as loops run.
 """
 

@@ -1,4 +1,4 @@
-"""What a compiled program does, read off its text: collectives, and traffic to memory.
+"""Collectives and memory traffic of a compiled program, parsed from its text.
 
 XLA prints a program as computations, lists of instructions that name each other:
 
@@ -184,7 +184,7 @@ class Program:
     """The text of a compiled program, parsed.
 
     Attributes:
-      unknown_loops: names of loops whose length the text does not tell; they count once.
+      unknown_loops: names of loops whose length is not in the text; they count once.
     """
 
     def __init__(self, text: str):
@@ -225,7 +225,7 @@ class Program:
     # --- How often ------------------------------------------------------------------------
 
     def runs(self, into_fusions: bool) -> Counter[str]:
-        """How often each computation runs; those inside of fusions only if asked for."""
+        """How often each computation runs; those inside of fusions only on request."""
         counts: Counter[str] = Counter()
 
         def visit(where: str, times: int) -> None:

@@ -11,8 +11,8 @@ POLICIES = ("none", "dots", "full")  # what is recomputed: the cheapest first
 def largest(attempt: Callable[[int], Plan], most: int = 4096) -> list[Plan]:
     """Tries batches until the largest that fits is known, to 8 or a sixteenth of it.
 
-    From the top, since a compiler refuses quickly, and says how much it would need: memory
-    grows about linearly with the batch, so that two sizes predict the largest one.
+    Starts from the top, since a compiler refuses quickly, and reports how much it would need:
+    memory grows about linearly with the batch, so that two sizes predict the largest one.
 
     Args:
       attempt: plans for so many examples a device.

@@ -1,4 +1,4 @@
-"""The training step of a configuration, compiled and never run: what it needs."""
+"""What the training step of a configuration needs: compiled, but not run."""
 
 import dataclasses
 import re
@@ -84,7 +84,7 @@ class Plan:
     estimate: Roofline | None
     notes: tuple[str, ...]
     refusal: str | None
-    used: int | None  # bytes on a device, those that a refusal tells included
+    used: int | None  # bytes on a device; also known if the compiler refuses
     seconds: dict[str, float]
 
     @property
@@ -268,7 +268,7 @@ class _Clock:
 
 
 def memory_of(compiled: Any) -> Memory:
-    """What the compiler says of its program."""
+    """The memory that the compiler reports for its program."""
     sizes = compiled.memory_analysis()
     return Memory(
         arguments=sizes.argument_size_in_bytes,

@@ -1,4 +1,4 @@
-"""What a program is compiled for: a slice of TPUs that need not be there, or what is there."""
+"""The devices to compile for: TPUs that need not be attached, or those of this machine."""
 
 import importlib.util
 import os
@@ -9,8 +9,8 @@ import jax
 from vit_jax.planning.chips import CHIPS, Chip, edges
 from vit_jax.system.errors import UserError
 
-# libtpu looks for the machine that it runs on. Told these, it asks nobody, writes no log and
-# leaves the lock to whoever really has a TPU.
+# libtpu looks for the machine that it runs on. With these settings it sends no queries, writes
+# no log and leaves its lock to processes that really use a TPU.
 _ALONE = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -40,7 +40,7 @@ class Target(NamedTuple):
 
 
 def topology(name: str) -> Target:
-    """TPUs that are not there, such as `v5e:4x4`; from now on JAX runs on the CPU.
+    """TPUs that are not attached, such as `v5e:4x4`; from now on JAX runs on the CPU.
 
     Raises:
       UserError: libtpu is not installed, or knows no such slice.
@@ -55,7 +55,7 @@ def topology(name: str) -> Target:
     jax.config.update("jax_platforms", "cpu")
     from jax.experimental import topologies
 
-    # Else the two cores of a v4 chip are devices of their own.
+    # Otherwise the two cores of a v4 chip are separate devices.
     options = {"chip_config_name": "megacore"} if name.startswith("v4") else {}
     try:
         devices: list[Any] = topologies.get_topology_desc(name, "tpu", **options).devices

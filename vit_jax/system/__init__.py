@@ -1,1 +1,1 @@
-"""What knows nothing of networks: files that are whole or not there, locks, caches, errors."""
+"""Parts that do not depend on networks: atomic files, locks, caches, errors."""

@@ -1,4 +1,4 @@
-"""Files and folders that are either complete or not there."""
+"""Files and folders that are either complete or absent."""
 
 import contextlib
 import errno
@@ -13,10 +13,10 @@ from vit_jax.system.errors import UserError
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a path to write a file or make a folder at, which takes the place of `path`.
+    """Gives a path at which to write a file or folder, which then replaces `path`.
 
-    It stands beside `path`, so that moving it is one step, and has the same ending. If the
-    block fails, it is removed, and what was at `path` stays.
+    It is beside `path`, so that the move is atomic, and has the same ending. If the block
+    fails, it is removed, and what was at `path` stays.
 
     Raises:
       UserError: it cannot be written.

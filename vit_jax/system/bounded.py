@@ -1,8 +1,7 @@
-"""Reading files of others: regular ones only, and never more than was agreed on.
+"""Reading untrusted files: regular ones only, and never more than a limit.
 
-A name may stand for anything: a pipe, which waits for a writer for ever, a device, which has no
-end, a link to either, a file that declares terabytes and occupies nothing. What is opened here
-is looked at before it is read.
+A path may be anything: a pipe, which waits for a writer for ever, a device, which has no end, a
+link to either, a sparse file of terabytes. Files are therefore checked before they are read.
 """
 
 import errno
@@ -49,7 +48,7 @@ def _open(path: str | Path, most: int | None) -> tuple[int, int]:
 
 
 def check_regular(status: os.stat_result, path: str | Path) -> None:
-    """Raises Unfit for what is neither a file nor a folder, which has readers of its own."""
+    """Raises Unfit for what is neither a file nor a folder; folders raise IsADirectoryError."""
     for test, what in (
         (stat.S_ISFIFO, "a pipe"),
         (stat.S_ISSOCK, "a socket"),

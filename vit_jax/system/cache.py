@@ -1,4 +1,4 @@
-"""One folder for what can be fetched or made again: it may be deleted at any time.
+"""One folder for what can be downloaded or computed again: it may be deleted at any time.
 
 $VIT_JAX_CACHE, else `vit_jax` in $XDG_CACHE_HOME, else in ~/.cache. It holds downloaded
 weights, `folders/` (lists of the files of large data sets) and `compiled/`.
@@ -7,7 +7,7 @@ weights, `folders/` (lists of the files of large data sets) and `compiled/`.
 import os
 from pathlib import Path
 
-COMPILED_BYTES = 4 << 30  # the programs least recently used go when there are more
+COMPILED_BYTES = 4 << 30  # above this the least recently used programs are deleted
 
 
 def folder() -> Path:
@@ -17,13 +17,13 @@ def folder() -> Path:
 
 
 def keep_compiled_programs() -> None:
-    """Makes JAX keep what took it more than a second to compile, for the next process.
+    """Makes JAX cache programs that took more than a second to compile, for later processes.
 
     Only for accelerators, where a program may take minutes. On CPU it takes seconds, and code
-    made for one processor crashes on another that shares the home folder. JAX's own setting
+    compiled for one CPU crashes on another that shares the home folder. JAX's own setting
     ($JAX_COMPILATION_CACHE_DIR), where there is one, is left as it is, on any device.
     """
-    import jax  # here, since whoever only looks for a file does not need it
+    import jax  # here, since finding a file does not need it
 
     chosen = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if chosen is None and jax.default_backend() != "cpu":

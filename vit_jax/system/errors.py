@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong", and what the system refuses as one."""
+"""The exception for wrong input, and errors of the operating system turned into it."""
 
 import contextlib
 import errno
@@ -11,13 +11,13 @@ from vit_jax.system.bounded import Unfit
 
 
 class UserError(Exception):
-    """Bad input from the person at the keyboard.
+    """Bad input from the user.
 
     The message is one sentence that names the file or field, the value found and the
-    remedy. The command-line doors print it and exit with code 1, without a traceback.
+    remedy. The commands print it and exit with code 1, without a traceback.
 
-    What it quotes may come from a file of somebody else: so it is shown on one line, without
-    codes that a terminal would obey, and what is endless is shortened.
+    It may quote an untrusted file: so it is shown on one line, without terminal control codes,
+    and long text is shortened.
     """
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ _SHOWN = 2_000  # characters at each end of a message, which holds its reason an
 
 _ROOM = "make room there, or choose another place, and run the same command again"
 _PERMISSION = "get permission for it, or choose another place, and run the same command again"
-_KIND = "a file stands where a folder belongs, or the other way round: move it away"
+_KIND = "there is a file instead of a folder, or a folder instead of a file: move it away"
 _REMEDIES = {
     errno.ENOSPC: _ROOM,
     errno.EDQUOT: _ROOM,
@@ -54,18 +54,18 @@ _REMEDIES = {
     errno.EIO: "check the disk, or the connection to it, and run the same command again",
     errno.ESTALE: "check the connection to its file system, and run the same command again",
 }
-_OTHERWISE = "run the same command again once that is mended"
+_OTHERWISE = "run the same command again once that is fixed"
 
-# How TensorStore, which writes checkpoints in C++, words what the system told it.
+# How TensorStore, which writes checkpoints in C++, reports an error of the system.
 _TOLD = re.compile(r"(?:\"(?P<path>/[^\"]+)\".*)?\[os_error_code='(?P<number>\d+)'", re.DOTALL)
 
 
 def of_system(error: BaseException) -> UserError | None:
-    """What the system refused, in a sentence, if that is where `error` stems from.
+    """A sentence about the error of the operating system that caused `error`, if there is one.
 
-    A full disk, a missing permission, a file in a folder's place: none of them is an error of
-    the program, and each has a remedy. An error that was raised from another one is followed
-    to it; one raised while another was handled is not, for that may be a mistake of ours.
+    A full disk, a missing permission, a file instead of a folder: none of them is an error of
+    the program, and each has a remedy. Explicit causes (`raise ... from`) are followed;
+    an error raised while another was handled is not, since that may be a bug of ours.
     """
     following: BaseException | None = error
     while following is not None:

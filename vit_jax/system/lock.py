@@ -1,15 +1,15 @@
-"""Locks between processes: whoever holds one is alone, and whoever dies lets go.
+"""Exclusive locks between processes, which are released when their process ends.
 
-They are those of `flock`, which belong to an open file: the system takes them back when the
-process ends, however it ends, so nothing has to be cleared away after a crash. The file holds
-who has the lock, for others to read; it is removed at the end, and one that a killed process
-left behind is nobody's. (`filelock` is not used: it empties the file before it asks for the
-lock, and turns to a lock that outlives its process where the file system has no other.)
+They use `flock`, whose locks belong to an open file: the system releases them when the
+process ends, however it ends, so nothing has to be cleaned up after a crash. The file names the
+holder of the lock, for others to read; it is removed at the end, and one that a killed process
+left behind is not locked. (`filelock` is not used: it empties the file before it takes the
+lock, and falls back to a lock that outlives its process where the file system has no other.)
 
 On network file systems: NFS (Linux, version 3 with its lock service, or 4) and Lustre
 mounted with `flock` hold such locks across machines; Lustre mounted with `localflock`, and
 buckets mounted by gcsfuse, only among the processes of one machine. Where there are none at
-all, a note says so and nobody is refused.
+all, a note says so and every process may continue.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from typing import Any
 
 from vit_jax.system.errors import UserError, about
 
-_TO_SAY_WHO = 1.0  # seconds that a process which has just taken a lock gets to write its name
+_TO_SAY_WHO = 1.0  # seconds that a process gets to write its name after taking the lock
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
 
 
 class Taken(Exception):
-    """Somebody else holds the lock.
+    """Another process holds the lock.
 
     Attributes:
       holder: who, in words.
@@ -60,10 +60,10 @@ def locked(path: Path, waiting: str = "") -> Iterator[Held]:
 
     Args:
       path: in a folder that exists.
-      waiting: what to say on stderr before waiting for somebody else to let go.
+      waiting: what to print on stderr before waiting for the lock; empty: do not wait.
 
     Raises:
-      Taken: somebody else holds it, and there is nothing to say.
+      Taken: another process holds it, and `waiting` is empty.
       OSError: the file cannot be made; one that is no regular file is refused like a folder.
     """
     while True:
@@ -71,7 +71,7 @@ def locked(path: Path, waiting: str = "") -> Iterator[Held]:
         try:
             _take(file, path, waiting)
             if not _is_at(file, path):
-                continue  # who held it has removed it: others may lock a new one by now
+                continue  # its holder has removed it: others may lock a new file by now
             try:
                 with about(path):
                     os.ftruncate(file, 0)
@@ -86,7 +86,7 @@ def locked(path: Path, waiting: str = "") -> Iterator[Held]:
 
 
 def _open(path: Path) -> int:
-    # Not to wait for somebody at the other end of a pipe.
+    # Does not wait for the other end of a pipe.
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     if not stat.S_ISREG(os.fstat(file).st_mode):
         os.close(file)
@@ -126,7 +126,7 @@ def _holder(file: int) -> str:
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             if time.monotonic() > end:
                 return "another process"
-        time.sleep(0.02)  # it has the lock, and has not written yet who it is
+        time.sleep(0.02)  # the holder has not written its name yet
 
 
 def _is_at(file: int, path: Path) -> bool:
@@ -142,7 +142,7 @@ NAME = "run.lock"
 
 
 class WorkDirectory:
-    """A work directory that nobody else writes to."""
+    """A work directory that no other process writes to."""
 
     def __init__(self, path: Path, held: Held | None) -> None:
         self.path, self._held = path, held
@@ -156,7 +156,7 @@ class WorkDirectory:
         if self._held and not self._held.still_there():
             raise UserError(
                 f"the work directory {self.path} was removed or replaced under the run, with "
-                "what it had saved: restore it, or begin anew with another --workdir"
+                "what it had saved: restore it, or start again with another --workdir"
             ) from because
 
 

@@ -32,13 +32,13 @@ _LOOKED_AT = 64  # examples whose labels are checked where reading all would tak
 def load(
     source: str, split: str, data_dir: str | None = None, multi_label: str | None = None
 ) -> Source:
-    """Opens `split` of `source`; `data_dir` is where `tfds:` sets lie.
+    """Opens `split` of `source`; `data_dir` is the folder of `tfds:` sets.
 
     `multi_label` says how several labels of an image are written: see multi_label.py.
 
     Raises UserError for an unknown source or split, for data that cannot be read, and for a
     label out of range (of a source that must read an image for every label, only some are
-    looked at here, and the rest when they come).
+    checked here, and the rest when they are read).
     """
     kind, argument = _parse_source(source)
     parts = [parse_split(part) for part in split.split("+")]
@@ -79,8 +79,8 @@ def _check_labels(source: Source) -> None:
     if len(wrong):
         raise UserError(
             f"{source[int(rows[wrong[0]])]['name']} has label {labels[wrong[0]]}, but the "
-            f"classes are numbered 0 to {classes - 1}; choose a split with labels, or mend the "
-            "data set."
+            f"classes are numbered 0 to {classes - 1}; choose a split with labels, or "
+            "correct the data set."
         )
 
 
@@ -156,7 +156,7 @@ class _Kind(NamedTuple):
     splits: Callable[[str, str | None], tuple[str, ...]]
 
 
-_MULTI_LABEL = ("folder", "hf")  # must be told how labels are written
+_MULTI_LABEL = ("folder", "hf")  # need to know how labels are written
 
 
 # Each kind is imported when it is used: TensorFlow Datasets alone takes a second.

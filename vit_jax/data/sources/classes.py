@@ -1,8 +1,8 @@
-"""Which class is which: names decide, and positions only where names say nothing.
+"""Matches classes by name, and by position only where names cannot be compared.
 
-A model has outputs with names, a data set has classes with names, and the two rarely stand in
-one order. `match` says which output of a model is meant by each class of a data set;
-`as_classes` numbers the labels of a source as somebody else numbers the same classes.
+A model has outputs with names, a data set has classes with names, and the two rarely have the
+same order. `match` finds the model output of each class of a data set; `as_classes` renumbers
+the labels of a source in another order of the same classes.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ REMEDY = (
 
 
 class Match(NamedTuple):
-    """The output of the model that each class of the data is, and what to say about it."""
+    """The model's output for each class of the data, and a note about it."""
 
     outputs: tuple[int, ...]
     note: str = ""
 
 
 class Mismatch(UserError):
-    """The names contradict each other, or leave open which class is which."""
+    """The names contradict each other, or do not determine which class is which."""
 
 
 # ---- spellings ---------------------------------------------------------------------------
@@ -62,7 +62,7 @@ def _plain(name: str) -> str:
 
 
 def _synonyms(name: str) -> set[str]:
-    """`n01440764 tench, Tinca tinca` goes by three names."""
+    """`n01440764 tench, Tinca tinca` has three names."""
     wordnet = re.match(r"\s*(n\d{8})\b", name)
     words = name[wordnet.end() :] if wordnet else name
     found = {_plain(word) for word in words.split(",")} - {""}
@@ -73,7 +73,7 @@ _SPELLINGS = (lambda name: {name}, lambda name: {_plain(name)}, _synonyms)
 
 
 def _by_name(model: Names, data: Names) -> dict[int, int]:
-    """{class of the data: output} of all that exactly one output can be meant by.
+    """{class of the data: output} of all classes that exactly one output fits.
 
     The exact name comes before another spelling of it, and that before a synonym.
     """
@@ -94,14 +94,13 @@ def _by_name(model: Names, data: Names) -> dict[int, int]:
 
 
 def match(model: Names, data: Names, where: str, trust_order: bool) -> Match:
-    """Finds the output that is meant by each class of the data; the data may have fewer.
+    """Finds the output of each class of the data; the data may have fewer classes.
 
     Args:
-      model: the names of the outputs.
-      data: the names of the classes.
-      where: what the data are called in messages.
-      trust_order: whether equally many classes stand in one order where names say nothing.
-        Of published weights that is the custom ("tabby, tabby cat" is "n02123045" in a data
+      model: the names of the outputs. data: the names of the classes. where: what the data are
+      called in messages. trust_order: whether equally many classes have the same order where
+      names cannot be compared.
+        For published weights that is the custom ("tabby, tabby cat" is "n02123045" in a data
         set); of a model trained here, whose names are those of its own data, it is not.
 
     Raises:
@@ -227,7 +226,7 @@ def some(names: Sequence[str]) -> str:
     return f"[{shown}{', ...' if len(names) > 5 else ''}] ({len(names)})"
 
 
-# ---- the same classes in the order of somebody else --------------------------------------
+# ---- the same classes in another order -------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,16 @@
 """Your own images: `folder:PATH`, where every class is a folder.
 
 PATH/train/<class>/*.jpg  and  PATH/test/<class>/*.jpg     splits made by you
-PATH/<class>/*.jpg                                         split here, 80 % and 20 %
-PATH/labels.csv, or another file that lists the images     see labels.py
+PATH/<class>/*.jpg                                         split by us, 80 % and 20 %
+PATH/labels.csv, or another file that lists the images     see label_files.py
 folder:PATH,classes=outer                                  class folders, whatever is listed
 folder:PATH,classes=inner                                  of nested folders the inner ones
 
 Splits are called train or training; val, validation, valid, dev or eval; test or testing, in
-any case. What is found in folders of 10,000 files and more is remembered, so that a second
-start takes as long as to look at the date of each folder (100,000 files in 100 folders:
+any case. The files of folders with 10,000 or more are listed in an index, so that a second
+start only checks the modification time of each folder (100,000 files in 100 folders:
 0.05 s). The index is one file in `folders/` of the user's cache (vit_jax/system/cache.py),
-because the folder of a data set is often read-only, or shared by people, or copied on as it is.
+because the folder of a data set is often read-only, shared, or copied.
 Deleting the index costs one more scan.
 """
 
@@ -46,13 +46,13 @@ _SETTLED = 2.0
 def open_folder(argument: str, split: str, multi_label: str | None = None) -> FileSource:
     """Opens `split` of the images below a path, in an order fixed by a hash of their names.
 
-    With folders that are named like splits (see `sources.split_kind`), these are the splits,
+    With folders that are named like splits (see `splits.split_kind`), these are the splits,
     and the class names are the sorted folder names of the one to train on. Otherwise the
     folders are the classes, the splits are `train`, `test` and `all`, and a file's name alone
-    decides its side, so that files added later move no other (but of a class with two images
-    or more, one at least lies on each side). A file of labels comes before folders.
+    decides its split, so that files added later move no other (but a class with two images
+    or more has at least one in each). A file of labels has precedence over folders.
 
-    Classes whose names differ in case only are kept apart, and told of on stderr.
+    Classes whose names differ in case only are kept apart, and reported on stderr.
 
     Args:
       argument: the path, then options: `,classes=outer` or `inner`; of a file of labels
@@ -104,7 +104,7 @@ def split_names(argument: str) -> tuple[str, ...]:
 def _find(
     argument: str, multi: str | None
 ) -> tuple[Path, str | None, label_files.Listed | None]:
-    """The folder that is meant, what `classes` says, and the labels listed in it or as it."""
+    """The folder, the option `classes`, and the label files in it, or that it is."""
     path, options = argument, dict[str, str]()
     if not Path(argument).expanduser().exists():
         path, options = split_options(argument, ("classes", "image", "label"), "folder")
@@ -138,7 +138,7 @@ def _with_options(
 def _splits(root: Path) -> list[str]:
     """The folders of `root` that are splits, or none if they are classes.
 
-    Raises UserError where that cannot be told.
+    Raises UserError where that cannot be decided.
     """
     names = _folders(root)
     splits = [name for name in names if split_kind(name)]
@@ -183,7 +183,7 @@ def _class_folders(root: Path, nested: str | None) -> tuple[str, ...]:
 
 
 def _short(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Of inner folders the last part of their path, if that tells all of them apart."""
+    """Of inner folders the last part of their path, if that makes them unique."""
     names = tuple(name.rpartition("/")[2] for name in classes)
     return names if len(set(names)) == len(names) else classes
 
@@ -294,7 +294,7 @@ def _loose(root: Path) -> Counter[str]:
 
 
 def _folders_dated(root: Path, dates: dict[str, int]) -> list[str]:
-    # The date is read first: what changes while we look makes the index invalid.
+    # The date is read first: a change while the folder is read makes the index invalid.
     dates["."] = os.stat(root).st_mtime_ns
     return _folders(root)
 

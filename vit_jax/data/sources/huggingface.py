@@ -1,6 +1,6 @@
 """Data sets of the Hugging Face hub and in its formats, through its library `datasets`.
 
-hf:NAME or hf:NAME@CONFIG      of the hub: cifar100@cifar100, owner/name
+hf:NAME or hf:NAME@CONFIG      from the hub: cifar100@cifar100, owner/name
 hf:PATH                        a folder saved by `save_to_disk`, one of Parquet or Arrow files,
                                an imagefolder, or one such file
 hf:NAME,image=scan,label=age   and these columns of it
@@ -8,8 +8,8 @@ hf:NAME,image=scan,label=age   and these columns of it
 The image is the column `image` or `img`, else the only one of images: of type Image, of bytes,
 or of {bytes, path}. The label is the column `label`, `labels` or `fine_label` of type
 ClassLabel, else the only ClassLabel, else a column of one of these names: integers, strings,
-booleans or whole floats. Where several columns remain, one must be chosen. Nothing but columns
-is read before it is asked for, and images arrive encoded.
+booleans or whole floats. Where several columns remain, one must be chosen. Examples are
+read only when they are used, and images stay encoded.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ class HuggingFaceSource:
         if not all(0 <= n < len(self.class_names) for n in numbers):
             raise UserError(
                 f"{self.name} has labels {stored!r} in {self.label_key!r}, and its classes are "
-                f"numbered 0 to {len(self.class_names) - 1}; mend the data set."
+                f"numbered 0 to {len(self.class_names) - 1}; correct the data set."
             )
         return numbers
 
@@ -269,7 +269,7 @@ def _image_key(features: Mapping[str, Any], name: str, chosen: str | None) -> st
 
 
 def _holds_bytes(feature: Any) -> bool:
-    """A column of encoded images that nobody has declared to be one."""
+    """A column of encoded images that is not declared as one."""
     if isinstance(feature, Mapping):
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
     return getattr(feature, "dtype", "") in ("binary", "large_binary")

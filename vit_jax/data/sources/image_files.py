@@ -1,4 +1,4 @@
-"""Labelled image files by the million: compact, and in an order that their names alone fix."""
+"""Millions of labelled image files, compact, in an order that depends on names alone."""
 
 import dataclasses
 import hashlib
@@ -26,8 +26,8 @@ EXTENSIONS = _COMMON + tuple(
 )
 ARRAYS = (".npy",)  # are images where there are no others
 
-# Folders that systems make for themselves; as for all names with a dot in front, nobody means
-# what is in them.
+# Folders that systems make for themselves; like all names with a dot in front, they hold
+# no data.
 _OF_SYSTEMS = ("__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information")
 
 HELD_OUT_SHARE = 0.2
@@ -37,7 +37,7 @@ SPLITS = ("train", "test", "all")
 class Paths(Sequence[str]):
     """Strings in one buffer, which takes a third of the memory of a tuple of them.
 
-    Worker processes get a copy, and Python's cycle collector has nothing to walk through.
+    Worker processes get a copy, and Python's cycle collector has nothing to traverse.
     """
 
     def __init__(self, buffer: np.ndarray, ends: np.ndarray) -> None:
@@ -176,7 +176,7 @@ _told: set[str] = set()  # a folder is looked at again for every split
 
 
 def tell_once(note: str) -> None:
-    """Says it on stderr, unless this process has said it before."""
+    """Prints a note on stderr, unless this process has printed it before."""
     if note not in _told:
         _told.add(note)
         print(note, file=sys.stderr)
@@ -244,8 +244,8 @@ class Listing:
 def arrange(classes: Iterable[tuple[int, Sequence[str]]]) -> Listing:
     """Orders the (label, paths) of all classes by a hash of the paths, and holds out 20 %.
 
-    A file's name alone decides its side, so that files added later move no other (but of a
-    class with two files or more, one at least lies on each side).
+    A file's name alone decides its split, so that files added later move no other (but a class
+    with two files or more has at least one in each).
     """
     hashes, labels, held_out, paths = [], [], [], []
     limit = int((1 - HELD_OUT_SHARE) * 2**64)
@@ -266,5 +266,5 @@ def arrange(classes: Iterable[tuple[int, Sequence[str]]]) -> Listing:
 
 
 def _hash(path: str) -> int:
-    """Spreads classes evenly, and knows nothing of listing order."""
+    """Spreads classes evenly, and does not depend on listing order."""
     return int.from_bytes(hashlib.blake2b(os.fsencode(path), digest_size=8).digest(), "big")

@@ -1,4 +1,4 @@
-"""Data sets that need no files: scikit-learn's digits, made-up images, and one's own arrays."""
+"""Data sets without files: scikit-learn's digits, synthetic images, and your own arrays."""
 
 import dataclasses
 import re

@@ -1,6 +1,6 @@
-"""Images whose labels stand in a file: CSV, TSV or JSON lines, for `folder:PATH`.
+"""Images whose labels are in a file: CSV, TSV or JSON lines, for `folder:PATH`.
 
-PATH/labels.csv                     all images; split here, 80 % and 20 %, or by a column
+PATH/labels.csv                     all images; split by us, 80 % and 20 %, or by a column
 PATH/metadata.csv                   the same
 PATH/train.csv  and  PATH/val.csv   splits made by you (or validation.csv, test.csv, ...)
 PATH/train/metadata.csv  and so on  the same, the layout of Hugging Face's imagefolder
@@ -8,7 +8,7 @@ folder:PATH/any.csv                 this file, whatever it is called
 folder:PATH/any.csv,image=id,label=breed                  and these columns of it
 
 Every name may end in .csv, .tsv or .jsonl instead. Columns (in JSON: keys), in any case and
-order, others are left alone:
+order, others are ignored:
 
   file    file_name, filename, file, image, path, img, id and the like (`FILE_COLUMNS`, the
           first of them that is there): relative to the folder that holds the file of labels, to
@@ -20,8 +20,8 @@ order, others are left alone:
 Names of classes are sorted, as those of class folders are. If all labels are whole numbers,
 they are the classes' positions. With `data.multi_label` an image may have several labels, or
 none: a list, a text, or a 1 in the columns of its classes, which then make up the table (see
-multi_label.py). PATH/classes.txt, one name a line, says what the classes are
-and which number is whose. All is checked before the first image is read.
+multi_label.py). PATH/classes.txt, one name a line, names the
+classes in the order of their numbers. Everything is checked before the first image is read.
 """
 
 import csv

@@ -1,4 +1,4 @@
-"""The image files that a file of labels names: where they lie, and that all are there."""
+"""Finds the image files that a label file names, and checks that none is missing."""
 
 import os
 from collections import defaultdict
@@ -10,11 +10,11 @@ from vit_jax.data.sources import image_files
 from vit_jax.data.sources.splits import split_kind
 from vit_jax.system.errors import UserError
 
-Rows = Sequence[Any]  # `labels.Row`
+Rows = Sequence[Any]  # `label_files.Row`
 
 
 class Lister:
-    """Lists every folder once, which is quicker than to ask for every file."""
+    """Lists every folder once, which is faster than checking every file."""
 
     def __init__(self) -> None:
         self._names: dict[str, set[str]] = {}
@@ -122,8 +122,8 @@ def _reject(path: Path, row: Any, what: str, remedy: str) -> NoReturn:
 
 
 def tell_of_left_out(top: Path, path: Path, root: Path, rows: Rows) -> None:
-    """Says which images in the place of the listed ones are not listed, and that folders lie
-    beside that are no classes here.
+    """Notes which images in the folder of the listed ones are not listed, and that there are
+    folders beside it that are no classes here.
 
     Images of other splits are not counted: for a file of one split the folder of that split is
     looked at, or the one that its images lie in.

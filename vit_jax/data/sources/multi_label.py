@@ -1,8 +1,8 @@
 """Images with several labels, or none: `data.multi_label`.
 
     auto       a list of labels; a table with a column of 0 and 1 for each class; or texts such
-               as "cat;dog", whose labels the first of ; | , that occurs stands between
-    another    texts whose labels this stands between; `space` for blanks
+               as "cat;dog", separated by the first of ; | , that occurs
+    another    the separator of the labels in a text; `space` for blanks
 
 Labels of an image are then a bool array (K,), where one label would be its number.
 """
@@ -30,7 +30,7 @@ def is_multi_label(source: Source) -> bool:
 
 
 def separator(setting: str, texts: Iterable[str], where: str) -> str | None:
-    """What stands between the labels in `texts`; None is for blanks.
+    """The separator of the labels in `texts`; None stands for blanks.
 
     Raises UserError where `auto` finds nothing but blanks, which names have, too.
     """

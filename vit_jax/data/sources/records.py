@@ -6,8 +6,8 @@ PATH/train-00000-of-00004.array_record       examples 0 to n/4 of `train`, and s
 PATH/train-labels.npy                        all its labels, int32 (N,) or bool (N, K)
 
 A record is a MessagePack map of `image` (encoded, bytes), `label` (integer, or a list of them)
-and `name` (what it was called where it came from). Records are neither compressed nor grouped,
-so that any one is one read.
+and `name` (its name in the original source). Records are neither compressed nor grouped, so
+that each one takes a single read.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ class RecordsSource:
     labels: np.ndarray
     class_names: tuple[str, ...]
     name: str
-    content: str  # what tells this split from others: see `open_records`
+    content: str  # identifies the content of this split: see `open_records`
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -89,7 +89,8 @@ def open_records(path: str, split: str) -> RecordsSource:
                 f"{str(root / name)!r} has {sizes[name]:,} bytes and should have "
                 f"{shard['bytes']:,}; copy it again, or pack the data set again."
             )
-    # Told how much each holds, the reader opens a file when it first reads from it.
+    # With the number of examples in each file, the reader opens a file only when it reads from
+    # it.
     shards = [_Shard.of(root / name, x["examples"]) for name, x in described["shards"].items()]
     records = ArrayRecordDataSource([shard for shard in shards if shard.take])
     if not len(records) == len(labels) == described["examples"]:
@@ -119,7 +120,7 @@ def _read_labels(path: Path, classes: int) -> np.ndarray:
 
 
 class _Shard(NamedTuple):
-    """What a reader wants to know of a file, by its names."""
+    """What a reader needs of a file, by name."""
 
     filename: str
     skip: int
@@ -199,7 +200,7 @@ class Packed(NamedTuple):
 def write_split(
     folder: Path, split: str, examples: Iterable[Packed | None], length: int, shards: int
 ) -> dict[str, Any]:
-    """Writes a split, in order, to files in `folder`; returns what `write_info` wants of it.
+    """Writes a split, in order, to files in `folder`; returns what `write_info` needs of it.
 
     Args:
       folder: exists.
@@ -236,7 +237,7 @@ def write_split(
 
 
 def write_info(folder: Path, class_names: Iterable[str], splits: dict[str, Any]) -> None:
-    """Writes `dataset.json`, which makes the data set whole."""
+    """Writes `dataset.json`, which completes the data set."""
     info = {"format": VERSION, "class_names": list(class_names), "splits": splits}
     text = json.dumps(info, indent=2, ensure_ascii=False)
     (folder / INFO).write_text(text + "\n", "utf-8")

@@ -1,4 +1,4 @@
-"""What every data set is to the rest: examples by number, labels, and a fingerprint.
+"""The protocol of a data set: examples by number, labels, and a fingerprint.
 
 A part of a source (`Subset`) and sources one after another (`Concatenation`) are sources too.
 """
@@ -49,14 +49,14 @@ def known_labels(source: Source) -> np.ndarray | None:
 
 
 def fingerprint(source: Source) -> str:
-    """16 hex digits that tell which examples `source` holds, in which order, with which labels.
+    """16 hex digits that identify the examples of `source`, their order and their labels.
 
     They differ where an example was added, removed, renamed or moved, or got another label.
-    They stay where a data set was only moved to another place: no folder above it counts. They
-    take a moment, because no pixels are read: a picture drawn over under its old name in a
-    folder goes unseen. Each kind of source counts what it knows: names and labels (`folder:`),
-    labels and a digest made when the images were packed (`records:`), labels, names and sizes
-    (`hf:`), name, version and sizes (`tfds:`), arrays in memory as they are.
+    They are the same where a data set was only moved: the folders above it do not count. They
+    are fast to compute, because no pixels are read: an image that is replaced under its old
+    name in a folder is not noticed. Each kind of source uses what it has: names and labels
+    (`folder:`), labels and a digest made when the images were packed (`records:`), labels,
+    names and sizes (`hf:`), name, version and sizes (`tfds:`), arrays in memory as they are.
     """
     return source.fingerprint(0, len(source))
 

@@ -1,4 +1,4 @@
-"""Splits: what they are called, and parts of them.
+"""The names of splits, and parts of them.
 
 Every source takes the split grammar of TensorFlow Datasets: `train`, `train[:98%]`,
 `train[10%:]`, `train[100:200]`, `train[-10:]` and sums such as `train+validation[:50%]`.
@@ -22,7 +22,7 @@ _SPLIT_KINDS = {
 SPLITS = tuple(name for names in _SPLIT_KINDS.values() for name in names)
 
 
-# Asked for by one of these, the only held-out split there is will do, whatever it is called.
+# For these names the only held-out split is used, whatever it is called.
 _ANY_HELD_OUT = ("val", "validation", "test")
 
 

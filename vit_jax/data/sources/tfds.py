@@ -79,8 +79,8 @@ def _builder(name: str, data_dir: str | None) -> tuple[Any, Any]:
 
 
 def _find(name: str, data_dir: str | None) -> Any:
-    """The folder that holds `dataset_info.json` of the version asked for, or the newest."""
-    from tensorflow_datasets.core import Path  # a pathlib that knows buckets (gs://) too
+    """The folder that holds `dataset_info.json` of the given version, or the newest."""
+    from tensorflow_datasets.core import Path  # a pathlib that also supports buckets (gs://)
 
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     root = root.expanduser()
@@ -157,7 +157,7 @@ def _keys(builder: Any, name: str) -> tuple[str, str]:
 
 
 def _skip_images(features: Any) -> dict[str, Any]:
-    """Leaves images encoded, those too that will not be looked at."""
+    """Leaves all images encoded, also those that are not used."""
     import tensorflow_datasets as tfds
 
     images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]

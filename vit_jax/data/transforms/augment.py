@@ -21,8 +21,8 @@ and mode stay. At strength v = magnitude / 10, the operations of Google's list a
     Cutout                               greys a square of side 2 int(40 v)
 
 The list differs from that of the RandAugment paper (arXiv 1909.13719): it has no identity, so
-every layer distorts, and magnitudes go up to 20. Google's code has three slips, which are left
-out here unless `quirks` asks for them: Contrast blends towards the number of pixels divided by
+every layer distorts, and magnitudes go up to 20. Google's code has three mistakes, which are
+reproduced here only with `quirks`: Contrast blends towards the number of pixels divided by
 256 (196 at 224 x 224) and not towards the mean grey; Solarize has its threshold modulo 256, so
 that it inverts everything at magnitudes 10 and 20, and from 128 on at 15, where as written it
 would do nothing from 10 on; and Posterize keeps one bit where as written it would keep none.
@@ -53,7 +53,7 @@ Op = Callable[[Image.Image, float, Rng], Image.Image]
 def randaugment(
     image: Image.Image, rng: Rng, layers: int, magnitude: float, quirks: bool = False
 ) -> Image.Image:
-    """Applies `layers` operations, each drawn anew from all 16, at strength magnitude / 10.
+    """Applies `layers` operations, each drawn from all 16, at strength magnitude / 10.
 
     Distances are in pixels whatever the image's size: they were chosen for 224 x 224. With
     `quirks`, Contrast, Solarize and Posterize do what the original code made of them.

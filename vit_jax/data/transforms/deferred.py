@@ -1,8 +1,8 @@
-"""Resizing that waits until it is known which part is wanted.
+"""Resizing that is deferred until the crop is known.
 
 An image of 1 x 60,000 pixels, whose shorter edge is made 248, has 3.7 thousand million pixels,
-of which a crop keeps 248 x 248. A result of more than `LARGE` pixels is therefore not made
-before the crop; pixels are the same. What even so is too much work is refused.
+of which a crop keeps 248 x 248. A result of more than `LARGE` pixels is therefore not computed
+before the crop; the pixels are the same. What is still too much work is refused.
 """
 
 from typing import Any

@@ -1,14 +1,13 @@
-"""From an example to the pixels a model sees: decode, transform, normalise.
+"""From an example to the model's input: decode, transform, normalise.
 
 A transform is written as operations joined by `|`:
 
-    inception_crop(0.05, 1.0)|flip|randaugment(2, 10)      pretraining: see presets.py
+    inception_crop(0.05, 1.0)|flip|randaugment(2, 10)      pre-training: see recipes.py
     resize                                                 fine-tuning, evaluation
     resize_shorter(256, 'area')|center_crop                evaluation of big_vision's models
 
 Everything here works on 8-bit PIL images on the host; only `normalize`, of `value_ranges`, runs
-on the device.
-Sizes are (height, width) throughout and need not be square.
+on the device. Sizes are (height, width) throughout and need not be square.
 """
 
 import ast
@@ -194,8 +193,8 @@ class Op:
     Attributes:
       function: takes the image, the generator and, if `sized`, the target size; then its own
         arguments.
-      random: whether it draws.
-      sized: whether it is told the target size.
+      random: whether it draws random numbers.
+      sized: whether it takes the target size.
       moves: whether it only moves and resizes pixels, so that any channels will do.
     """
 
@@ -283,7 +282,7 @@ class Transform:
         return image
 
     def of(self, image: Image.Image, name: str, rng: Rng | None = None) -> Image.Image:
-        """The same for an image called `name`. Raises BadImage for one that asks too much."""
+        """The same for an image called `name`. Raises BadImage for one that is too large."""
         try:
             return self(image, rng)
         except (TooLarge, MemoryError) as error:

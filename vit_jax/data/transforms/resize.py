@@ -1,12 +1,12 @@
 """Resizing, by the rules the published checkpoints were trained with.
 
 TensorFlow and PIL mean different things by "bilinear", and the difference is worth tenths
-of a percent of accuracy. So the methods are told apart by name:
+of a percent of accuracy. So the methods have different names:
 
     bilinear             TensorFlow's, from half-pixel centres and without antialiasing
     area                 TensorFlow's, the mean over the exact area a pixel covers
     bilinear_antialias, bicubic (a = -0.5), lanczos, box, hamming     PIL's, antialiased
-    nearest              PIL's, the pixel under the new centre
+    nearest              PIL's, the pixel at the new centre
 
 TensorFlow's two may also cut off what is beyond a whole level (`rounding="floor"`) where
 others round: big_vision converts its resized images so, which darkens them by half a level.
