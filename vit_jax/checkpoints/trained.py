@@ -200,7 +200,7 @@ def from_imported(imported: Imported, mesh: Mesh | None) -> Trained:
 
 
 def export(trained: Trained, folder: Path) -> None:
-    """Writes weights and card to `folder`, which every door can open; atomically.
+    """Writes weights and card to `folder`, which every command can open; atomically.
 
     Raises:
       UserError: the folder cannot be written.

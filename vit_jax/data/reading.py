@@ -1,8 +1,7 @@
 """How the images of a run are opened, read and transformed: typed, and checked once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+from dataclasses import dataclass, field
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -79,7 +78,7 @@ class TrainReading(Reading):
     batch_size: int
     seed: int = 0
     repeats: int = 1
-    views: Mapping[str, Views] = MappingProxyType({})
+    views: Mapping[str, Views] = field(default_factory=dict)
 
     def train_batches(self, source: Source, first_step: int = 0) -> Batches:
         """Endless batches from a step on; see `pipeline.train_batches`."""

@@ -168,8 +168,8 @@ def check_data(stored: dict[str, Any], found: dict[str, Any], workdir: Path) -> 
     """
     if different := changed(stored["train"], found["train"]):
         raise UserError(
-            f"{workdir} was trained on {different}: its batches would be others. Restore the "
-            f"data, or choose another --workdir"
+            f"{workdir} was trained on {different}: the batches would not be those of the "
+            f"run. Restore the data, or choose another --workdir"
         )
     different = changed(stored["eval"], found["eval"])
     if different and processes.is_first():
