@@ -23,6 +23,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from zlib_ng import zlib_ng
 
+from vit_jax.checkpoints.metadata import Card
 from vit_jax.distributed import sharding
 from vit_jax.system import bounded
 
@@ -108,7 +109,7 @@ def copy_to_host(tree: Any) -> Copied:
     }
 
 
-def write(folder: Path, arrays: Copied, card: dict[str, Any]) -> None:
+def write(folder: Path, arrays: Copied, card: Card) -> None:
     """Computes the digests of this process and writes its file."""
     contents = {
         "processes": jax.process_count(),

@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from vit_jax.checkpoints import older, orbax_io
 from vit_jax.checkpoints.damage import agree, system_trouble
 from vit_jax.checkpoints.digests import Damaged
-from vit_jax.checkpoints.orbax_io import Card
+from vit_jax.checkpoints.metadata import Card
 from vit_jax.distributed import sharding
 from vit_jax.system.errors import UserError
 

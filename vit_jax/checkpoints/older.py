@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from vit_jax.checkpoints.orbax_io import Card
+from vit_jax.checkpoints.metadata import Card
 
 LAYOUT = 2
 _OBJECTIVE = "masked_patches"

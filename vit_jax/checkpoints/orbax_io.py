@@ -28,11 +28,10 @@ from vit_jax.checkpoints.damage import (
     unreadable_file,
 )
 from vit_jax.checkpoints.digests import Damaged, Digests, named, read_json
+from vit_jax.checkpoints.metadata import Card
 from vit_jax.distributed.sharding import path_name
 from vit_jax.system import bounded
 from vit_jax.system.errors import UserError
-
-Card = dict[str, Any]
 
 
 def _not_raised_too(record: logging.LogRecord) -> bool:

@@ -13,6 +13,7 @@ import vit_jax
 from vit_jax import config as configuration
 from vit_jax.checkpoints import older, orbax_io
 from vit_jax.checkpoints.directory import Checkpoints, abstract, first_intact, load_params
+from vit_jax.checkpoints.metadata import Card
 from vit_jax.distributed import sharding
 from vit_jax.interop import download, stated
 from vit_jax.interop.load import Imported, load_weights
@@ -205,7 +206,7 @@ def export(trained: Trained, folder: Path) -> None:
     Raises:
       UserError: the folder cannot be written.
     """
-    card = {
+    card: Card = {
         "config": {**configuration.to_dict(trained.config), "ema_decay": 0.0},
         "class_names": list(trained.class_names),
         "family": trained.family,

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from vit_jax import config as configuration
 from vit_jax.checkpoints import trained
 from vit_jax.checkpoints.directory import Checkpoints, abstract
+from vit_jax.checkpoints.metadata import DataCard
 from vit_jax.checkpoints.trained import Trained
 from vit_jax.data import value_ranges
 from vit_jax.distributed import processes, sharding
@@ -156,7 +157,7 @@ def check_classes(stored: list[str], found: list[str], workdir: Path) -> None:
         )
 
 
-def check_data(stored: dict[str, Any], found: dict[str, Any], workdir: Path) -> None:
+def check_data(stored: dict[str, DataCard], found: dict[str, DataCard], workdir: Path) -> None:
     """Refuses to go on with other examples to train on than the run began with.
 
     Each batch is drawn by position, so one image more or less would change all that come. The
@@ -189,7 +190,7 @@ def check_frozen(stored: str | None, found: str | None, workdir: Path) -> None:
         )
 
 
-def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+def changed(before: DataCard, now: DataCard) -> str:
     """What is different about the examples of a split, or nothing."""
     if before["fingerprint"] == now["fingerprint"]:
         return ""

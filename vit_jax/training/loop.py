@@ -5,6 +5,7 @@ import contextlib
 import jax
 
 from vit_jax.checkpoints.directory import Checkpoints
+from vit_jax.checkpoints.metadata import Card
 from vit_jax.distributed import processes, sharding
 from vit_jax.distributed.signals import StopSignal
 from vit_jax.evaluation.averages import evaluate
@@ -78,7 +79,7 @@ def loop(
     def keep_if_best(step: int, metrics: Metrics) -> None:
         score = score_of(objective, metrics)
         if score is not None:
-            card = {**run.card, "metrics": metrics}
+            card: Card = {**run.card, "metrics": metrics}
             checkpoints.save_if_best(step, state.eval_params, card, score)
 
     announced = False

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -11,7 +10,7 @@ from ml_collections import ConfigDict
 import vit_jax
 from vit_jax import config as configuration
 from vit_jax.checkpoints import digests, older
-from vit_jax.checkpoints.orbax_io import Card
+from vit_jax.checkpoints.metadata import Card, DataCard
 from vit_jax.data import reading
 from vit_jax.data.reading import Reading, TrainReading
 from vit_jax.data.sources.source import Source, fingerprint
@@ -121,7 +120,7 @@ def check_best(best: str, config: ConfigDict) -> None:
         )
 
 
-def describe_data(config: ConfigDict, split: str, source: Source) -> dict[str, Any]:
+def describe_data(config: ConfigDict, split: str, source: Source) -> DataCard:
     """What a card says of a split, to tell later whether it is still the same."""
     return {
         "source": config.data.source,
