@@ -22,12 +22,16 @@ from vit_jax.system.errors import UserError
 
 Numbers = tuple[float, ...]
 
+# Of pixels in [0, 1], for each channel.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 # Mean and standard deviation, in levels of 0 .. 255.
 VALUE_RANGES: dict[str, tuple[Numbers, Numbers]] = {
     "inception": ((127.5,), (127.5,)),  # [-1, 1]: Google's models, BEiT-22k
     "imagenet": (  # DeiT, DINO, MAE
-        (0.485 * 255, 0.456 * 255, 0.406 * 255),
-        (0.229 * 255, 0.224 * 255, 0.225 * 255),
+        tuple(255 * x for x in IMAGENET_MEAN),
+        tuple(255 * x for x in IMAGENET_STD),
     ),
     "openclip": (
         (0.48145466 * 255, 0.4578275 * 255, 0.40821073 * 255),

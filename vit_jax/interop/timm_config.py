@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from vit_jax.data import value_ranges
+from vit_jax.data.value_ranges import IMAGENET_MEAN, IMAGENET_STD
 from vit_jax.interop.preprocessing import Size, Unobeyed, at_size
 from vit_jax.models.registry import ModelConfig
 
@@ -21,8 +22,8 @@ _METHODS = {
     "lanczos": "lanczos",
 }
 IMAGES: dict[str, Any] = {
-    "mean": [0.485, 0.456, 0.406],
-    "std": [0.229, 0.224, 0.225],
+    "mean": list(IMAGENET_MEAN),
+    "std": list(IMAGENET_STD),
     "crop_pct": 0.875,
     "crop_mode": "center",
     "interpolation": "bicubic",

@@ -19,6 +19,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 
+from vit_jax.data.on_device import Batch as Batch  # for objectives, too
 from vit_jax.data.pipeline import Views
 from vit_jax.models.flops import train_flops
 from vit_jax.models.model import Model
@@ -26,7 +27,6 @@ from vit_jax.models.model import Params as ModelParams
 
 Params = dict[str, Any]  # {"model": parameters of the network, "objective": of the objective}
 Extra = dict[str, jax.Array]  # what an objective carries from update to update
-Batch = dict[str, jax.Array]
 Metrics = dict[str, tuple[jax.Array, jax.Array]]  # {name: (sum, count)}
 Statistics = dict[str, jax.Array]  # {name: sum}
 FOREVER = 2**31 - 1  # steps

@@ -39,10 +39,11 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from vit_jax.data.value_ranges import VALUE_RANGES
+
 GREY = (128, 128, 128)  # fills what Google's operations leave empty
 # Of ImageNet, in levels of 0 .. 255: DeiT's fill, and the noise that it erases with.
-MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
-DEVIATION = (0.229 * 255, 0.224 * 255, 0.225 * 255)
+MEAN, DEVIATION = VALUE_RANGES["imagenet"]
 MEAN_COLOUR = (124, 116, 104)
 
 Rng = np.random.Generator
