@@ -24,7 +24,7 @@ def open_source(config: ConfigDict, split: str) -> Source:
 
 
 def eval_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, Any]:
-    """How `data.pipeline.eval_batches` shall read for this configuration.
+    """Arguments of `data.pipeline.eval_batches` for this configuration.
 
     With a `mesh`, this process reads what its devices need, else everything.
     """
@@ -37,7 +37,7 @@ def eval_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, Any
 
 
 def train_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> dict[str, Any]:
-    """How `data.pipeline.train_batches` shall read for this configuration; see above."""
+    """Arguments of `data.pipeline.train_batches` for this configuration; see above."""
     data = config.data
     return {
         "transform": _transform(config, data.train_transform),
