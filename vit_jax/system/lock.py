@@ -106,8 +106,8 @@ def _take(file: int, path: Path, waiting: str) -> None:
         if error.errno not in _NO_LOCKS:
             raise
         print(
-            f"note: the file system of {path.parent} has no locks ({error.strerror}): see to "
-            "it that nothing else runs there",
+            f"note: the file system of {path.parent} has no locks ({error.strerror}): make "
+            "sure that nothing else runs there",
             file=sys.stderr,
         )
 
