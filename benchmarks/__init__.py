@@ -1,1 +1,1 @@
-"""Speed and memory side by side with other implementations; see README.md here."""
+"""Speed and memory compared with other implementations; see README.md here."""

@@ -1,8 +1,8 @@
-"""How long until the first update is done: `python -m benchmarks.compile_time`.
+"""The time until the first update is done: `python -m benchmarks.compile_time`.
 
-Every process starts from nothing and makes one update; processes take turns. "Cached" means
-that an earlier process has left its compiled programs on disk: in JAX's persistent cache, or
-in that of torch's compiler. All others find empty caches.
+Every process is new and makes one update; processes take turns. "Cached" means that an earlier
+process has written its compiled programs to disk: to JAX's persistent cache, or to that of
+torch's compiler. All others start with empty caches.
 """
 
 import statistics

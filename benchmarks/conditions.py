@@ -1,7 +1,7 @@
-"""What the numbers depend on: machine, versions, load, date.
+"""The conditions of a measurement: machine, versions, load, date.
 
-A process of its own looks, `python -m benchmarks.conditions`: asking for the devices takes
-hold of them, and a TPU serves one process only.
+A separate process, `python -m benchmarks.conditions`, collects them: listing the devices
+claims them, and a TPU serves one process only.
 """
 
 import datetime
@@ -26,7 +26,7 @@ def limit_threads(count: int | None) -> int:
     """Keeps this process on `count` CPU cores, or leaves it on those it has; returns how many.
 
     The processes that it starts inherit that, and XLA makes as many threads as it has cores;
-    torch is told.
+    torch's number of threads is set.
     """
     if not hasattr(os, "sched_getaffinity"):  # not Linux
         return count or os.cpu_count() or 1
@@ -52,7 +52,7 @@ def look(threads: int) -> dict[str, Any]:
 
 
 def collect() -> dict[str, Any]:
-    """Takes hold of the devices; the date is UTC."""
+    """Claims the devices; the date is UTC."""
     import jax
 
     device = jax.devices()[0]
@@ -74,7 +74,7 @@ def collect() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of the CPU and what it can do that matters here."""
+    """The name of the CPU and its relevant features."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,8 +1,8 @@
 """timm's network as a file for a runtime: `python -m benchmarks.exported FORMAT FOLDER`.
 
-A process of its own, so that the one that measures holds the runtime and not torch. The task
-comes as a line of JSON; besides the network the folder gets the logits of torch for the task's
-images, in float32, which the runtime is compared with. Works on CPUs.
+A separate process, so that the one that measures has the runtime in memory and not torch. The
+task is given as a line of JSON; besides the network the folder gets the logits of torch for the
+task's images, in float32, which the runtime is compared with. Works on CPUs.
 """
 
 import json

@@ -1,8 +1,8 @@
 """The contestants of `benchmarks.input_pipeline`: files in a folder to batches of pixels.
 
-All do the same to every image, at the same quality: decode, cut, resize by antialiased bicubic
-interpolation, distort. All end at uint8 on the host, which is normalised on the device. Each
-goes on for ever.
+All process every image in the same way, at the same quality: decode, cut, resize by antialiased
+bicubic interpolation, distort. All end at uint8 on the host, which is normalised on the device.
+Each runs in an endless loop.
 """
 
 import itertools
@@ -44,7 +44,7 @@ def our_transform(name: str, size: int) -> str:
 
 @dataclass(frozen=True)
 class Endless:
-    """A source that begins again at its end, so that no worker has to be started anew."""
+    """A source that repeats itself, so that no worker has to be restarted."""
 
     source: Any
 
@@ -131,10 +131,10 @@ def timm(folder: str, transform: str, size: int, batch_size: int, workers: int) 
 
 
 def tf_data(folder: str, transform: str, size: int, batch_size: int, workers: int) -> Batches:
-    """tf.data with TensorFlow's own operations, which decode only what is cut out.
+    """tf.data with TensorFlow's own operations, which decode only the crop.
 
-    It takes as many threads as it likes of the cores that there are. JPEGs are decoded by the
-    exact transform, as everybody else does, and not by the fast one that is its default.
+    It chooses its number of threads. JPEGs are decoded by the exact transform, as by all
+    others, and not by the fast one that is its default.
     """
     import tensorflow as tf
 
@@ -212,4 +212,4 @@ def prepare(builder: str, options: dict[str, Any], task: Task, threads: int) -> 
 
 
 def device_peak() -> None:
-    """No device takes part."""
+    """No device is used."""

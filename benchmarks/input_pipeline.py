@@ -1,8 +1,8 @@
-"""How fast images come from files: `python -m benchmarks.input_pipeline`.
+"""The speed of reading images from files: `python -m benchmarks.input_pipeline`.
 
 Makes JPEGs of about the size of ImageNet's and PNGs of CIFAR's in a temporary folder, and
-measures whoever is installed in turns. Between its turns a contestant is stopped with all its
-workers, so that no batch is made beforehand, nor while another is measured.
+measures every installed contestant in turns. Between its turns a contestant is stopped with all
+its workers, so that it cannot work ahead, or while another is measured.
 """
 
 import importlib.metadata
@@ -47,7 +47,7 @@ MODULES = ("grain", "PIL", "torchvision", "tensorflow")
 
 
 class Images(NamedTuple):
-    """What is read, and into what."""
+    """The files that are read, and the batches made of them."""
 
     name: str
     size: tuple[int, int]  # height, width of the files
@@ -76,7 +76,7 @@ def make_images(images: Images, folder: Path) -> None:
     (folder / "photos").mkdir(parents=True)
     for i in range(images.count):
         photo = photos[i % 2]
-        # Cut so that the files differ, with the aspect that they shall have.
+        # Cropped so that the files differ, to the aspect ratio of the file.
         share = rng.uniform(0.8, 1.0)
         h = min(photo.height, photo.width * height / width) * share
         w = h * width / height
@@ -110,9 +110,9 @@ class Sleeper(Process):
         return Turn(seconds, max(used, 1 / TICKS) / batches)
 
     def batches_in(self, sample: float) -> int:
-        """How many it makes in as many seconds, found out in turns that grow longer.
+        """How many batches it makes in as many seconds, measured in turns of growing length.
 
-        The first ones are short, for what was made before the first turn comes at once.
+        The first turns are too fast, because batches were made before they began.
         """
         batches = 2  # as many as two workers deliver at a time
         while (seconds := self.turn(batches).seconds) * batches < sample / 2:

@@ -1,4 +1,4 @@
-"""The contestants that run on XLA: ours, and the formulation that others use."""
+"""The contestants that run on XLA: ours, and the implementation that other projects use."""
 
 import time
 from collections.abc import Callable
@@ -40,7 +40,7 @@ class FlaxBlock(nn.Module):
 
 
 class FlaxViT(nn.Module):
-    """The formulation of Google's vision_transformer and of big_vision, from Flax's layers.
+    """The implementation of Google's vision_transformer and of big_vision, from Flax's layers.
 
     A convolution embeds patches; queries, keys and values are separate projections in (B, T,
     k, d) order; with `dtype=bfloat16` every layer returns bfloat16.
@@ -79,7 +79,7 @@ class FlaxViT(nn.Module):
 
 
 def flax_layers(cfg: ViTConfig, dtype: Any = None) -> Model:
-    """The same behind our own seam, so that one training step serves both.
+    """The same as our `Model`, so that one training step serves both.
 
     `dtype` replaces that of `cfg`, which cannot be float64.
     """
@@ -143,10 +143,10 @@ def compile_program(function: Any, laps: Laps, *args: Any) -> Any:
 
 
 def inference(builder: str, options: dict[str, Any], task: Task) -> tuple[Run, Facts]:
-    """The network as `predict`, `embed` and `evaluate` compute it, on images already there.
+    """The network as `predict`, `embed` and `evaluate` compute it, with images on the device.
 
     They store kernels in the precision of the products. With `as_trained`, and in the
-    formulation of others, kernels stay float32 and are cast in each call.
+    implementation of others, kernels stay float32 and are cast in each call.
     """
     laps, options = Laps(), dict(options)
     as_trained = options.pop("as_trained", builder != "ours")

@@ -29,7 +29,7 @@ def speed_ratio(own: list[float], other: list[float]) -> Comparison:
     """Speed of `own` over that of `other`, which are seconds in each round.
 
     On a shared machine the clock drifts by more than the differences that matter; within a
-    round both met the same machine.
+    round both ran under the same conditions.
     """
     ratios = sorted(b / a for a, b in zip(own, other, strict=True))
     if len(ratios) == 1:
@@ -63,9 +63,9 @@ def compare(
     one_at_a_time: bool = False,
     sample: float = 0.5,
 ) -> list[Row]:
-    """Measures contestants in turns, with the yardstick among them; a row for each.
+    """Measures contestants in turns, with the reference product among them; a row for each.
 
-    In bfloat16 the reference takes part in float32 as well, and `ratio_float32` is against
+    In bfloat16 the reference is measured in float32 as well, and `ratio_float32` is against
     it.
     """
     entries = {
@@ -96,7 +96,7 @@ def describe(
     best: float | None,
     references: Mapping[str, Measured | None],
 ) -> Row:
-    """A row: times in each round, rates, ratios, and what the process said of itself."""
+    """A row: times in each round, rates, ratios, and what the process reported."""
     row: Row = {"contestant": name, **found.facts}
     if found.failed:
         return row | {"failed": found.failed}

@@ -1,9 +1,9 @@
 """Peak memory of training against the batch size: `python -m benchmarks.memory`.
 
-Each contestant makes a few updates in a process of its own, while no other runs. On a CPU the
-peak is that of the process's resident memory, on a card what its library had allocated at
-most. A contestant that fails at one size is not asked for a larger one, so that with sizes
-that double the last row says what fits.
+Each contestant makes a few updates in a separate process, while no other runs. On a CPU the
+peak is that of the process's resident memory, on an accelerator the most that its library had
+allocated. A contestant that fails at one size is not measured at a larger one, so that with
+sizes that double the last row says what fits.
 """
 
 from benchmarks import options, peers

@@ -32,7 +32,7 @@ def define(benchmark: str, rounds: int = 7) -> None:
 
 
 class Session(NamedTuple):
-    """What the flags and the machine decide for a whole run."""
+    """The settings of a whole run, from the flags and the machine."""
 
     threads: int
     backend: str
@@ -63,7 +63,7 @@ def start(benchmark: str) -> Session:
 
 
 def contestants(session: Session, default: tuple[str, ...]) -> list[peers.Contestant]:
-    """Raises UserError for a name that is not here."""
+    """Raises UserError for an unknown name."""
     return peers.choose(flags.FLAGS.contestants, default, session.backend)
 
 

@@ -1,4 +1,4 @@
-"""The table of contestants: ours in its variants, and the same network by others.
+"""The table of contestants: our variants, and the same network in other projects.
 
 All compute one function of one shape (see `task.Task`). Weights are random; images are
 normalised float32 arrays that are on the device before the clock starts.
@@ -17,15 +17,15 @@ class Contestant(NamedTuple):
     """One way to compute the network.
 
     Attributes:
-      name: as it stands in tables.
+      name: in tables.
       framework: whose module, `jax_contestants`, `torch_contestants` or
         `runtime_contestants`, has the builder.
       builder: what builds the network there.
-      options: how it shall be built: fields of our `ViTConfig`, `as_trained` and
+      options: how it is built: fields of our `ViTConfig`, `as_trained` and
         `keep_barriers` (see `jax_contestants`), or `compiled` of torch.
       training: what replaces that in training.
       environment: variables that its process starts with.
-      dtypes: those in which it takes part.
+      dtypes: those in which it is measured.
       needs: packages without which it is left out.
     """
 
@@ -39,8 +39,8 @@ class Contestant(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
-# glibc gives large blocks back to the system when they are freed, and every step faults them
-# in again. So told it keeps them. It reads this when a process starts, and never later.
+# glibc returns large blocks to the system when they are freed, and every step faults them in
+# again. With these settings it keeps them. It reads them only when a process starts.
 KEEP_MEMORY = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -54,7 +54,7 @@ _ONNX_RUNTIME = (*_TIMM, "onnx", "onnxscript", "onnxruntime")
 _COMPILED = {"compiled": True}
 # What `python -m vit_jax.train` chooses where the configuration leaves it open.
 _TRAINING = {"scan": True, "remat": "dots"}
-# XLA's compiler for CPUs undoes unrolled rematerialisation unless it is told not to.
+# XLA's compiler for CPUs undoes unrolled rematerialisation by default.
 _UNROLLED_DOTS = {"remat": "dots", "keep_barriers": True}
 _AS_TRAINED: dict[str, Any] = {"options": {"as_trained": True}, "dtypes": ("bfloat16",)}
 CONTESTANTS = {
@@ -79,7 +79,7 @@ CONTESTANTS = {
         Contestant("OpenVINO", "runtime", "openvino", needs=(*_TIMM, "openvino")),
     )
 }
-# The yardstick: a large matrix product by each library that is here.
+# The reference: a large matrix product by each installed library.
 PRODUCTS = (
     Contestant("product of jax", "jax", "product"),
     Contestant("product of torch", "torch", "product", needs=("torch",)),
@@ -87,7 +87,7 @@ PRODUCTS = (
 
 
 def missing(contestant: Contestant, backend: str) -> str | None:
-    """What it lacks here, packages or a device that it can use; None where it can run."""
+    """What is missing to run it, packages or a device; None where it can run."""
     if absent := [name for name in contestant.needs if not importlib.util.find_spec(name)]:
         return f"{', '.join(absent)} not installed"
     if contestant.environment and not (backend == "cpu" and shutil.which("ldd")):
@@ -109,10 +109,10 @@ def is_here(contestant: Contestant, backend: str) -> bool:
 
 
 def choose(names: list[str] | None, default: tuple[str, ...], backend: str) -> list[Contestant]:
-    """Those named by a flag, or those of `default` that are here; prints who is left out.
+    """Those named by a flag, or those of `default` that can run; prints which are left out.
 
     Raises:
-      UserError: one of the names is not here.
+      UserError: one of the names is unknown.
     """
     here = [name for name, found in CONTESTANTS.items() if is_here(found, backend)]
     for name in names or ():

@@ -1,12 +1,12 @@
-"""What bfloat16 costs in exactness: `python -m benchmarks.precision`.
+"""The loss of accuracy by bfloat16: `python -m benchmarks.precision`.
 
 Three ways to compute with bfloat16 beside float32: as a CPU keeps it, as GPUs and TPUs keep it
-(the CPU is taken for a TPU, so that the accelerator's formulation runs here), and as Flax's own
-layers do, which is the formulation of the peers. Two questions:
+(the CPU is treated as a TPU, so that the accelerator's code runs here), and as Flax's own
+layers do, as in other projects. Two comparisons:
 
-- the gradient of every parameter of a ViT with weights that are not at their start, against the
-  same network of Flax's layers in float64;
-- 200 steps of training with three seeds: the loss on the way and the accuracy at the end.
+- the gradient of every parameter of a ViT with weights away from their initial values, against
+  the same network of Flax's layers in float64;
+- 200 steps of training with three seeds: the loss of each step and the final accuracy.
 
   --data=digits,fashion   scikit-learn's digits; Fashion-MNIST from the files of the Debian
                           package dataset-fashion-mnist (or of its authors) in --fashion_dir
@@ -37,8 +37,8 @@ from vit_jax.system.errors import UserError
 from vit_jax.training.optimizer import make_optimizer, make_schedule
 from vit_jax.training.step import init_state, make_train_step
 
-# Of the gradients: a network on Fashion-MNIST's images. Of the curves: smaller ones, since what
-# GPUs and TPUs multiply in bfloat16 a CPU does slowly.
+# Of the gradients: a network on Fashion-MNIST's images. Of the curves: smaller ones, since a
+# CPU runs the bfloat16 products of GPUs and TPUs slowly.
 GRADIENTS = {
     "image_size": (28, 28), "patch_size": 4, "channels": 1, "num_classes": 10,
     "depth": 6, "width": 96, "mlp_dim": 384, "num_heads": 3,
@@ -61,7 +61,7 @@ PEERS = "bfloat16, Flax layers"
 
 @contextlib.contextmanager
 def taken_for(platform: str) -> Iterator[None]:
-    """The network is traced as for `platform`; what it becomes is computed on this machine."""
+    """The network is traced for `platform`, and computed on this machine."""
     with mock.patch.object(devices, "platform", return_value=platform):
         yield
 
@@ -129,7 +129,7 @@ def read_idx(path: Path) -> np.ndarray:
     """The array in an idx file of bytes, as MNIST's authors defined it.
 
     Raises:
-      UserError: it is not there.
+      UserError: it does not exist.
     """
     if not path.exists():
         raise UserError(

@@ -1,8 +1,8 @@
-"""Contestants in processes of their own that take turns.
+"""Contestants in separate processes that take turns.
 
-In one process they would share an allocator, pools of threads and the memory that the others
-left behind; measured one after the other, they would meet a different machine. So each has a
-process, all are warmed up, and in every round each runs for a moment while the others wait.
+In one process they would share an allocator, thread pools and memory contents; measured one
+after the other, they would run under different conditions. So each has a process, all are
+warmed up, and in every round each runs for a moment while the others wait.
 """
 
 import json
@@ -29,7 +29,7 @@ class Process:
     """The process of one contestant.
 
     Attributes:
-      facts: what it said of itself when it was ready: seconds of each part of its start
+      facts: what it reported when it was ready: seconds of each part of its start
         (`import`, `init`, `trace`, `compile`, `first_step`, `total`), bytes resident after
         the imports (`import_bytes`) and that XLA plans to use (`program_bytes`).
 
@@ -76,7 +76,7 @@ class Process:
         return last
 
     def close(self) -> None:
-        """Ends it whatever it does."""
+        """Ends it, whatever it is doing."""
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -102,7 +102,7 @@ class Process:
 
 
 class Measured(NamedTuple):
-    """What is known of a contestant in the end; `failed` says why if there is little."""
+    """The results of a contestant; `failed` says why if they are incomplete."""
 
     seconds: list[float]  # of one call, in each round
     facts: dict[str, float]
@@ -110,7 +110,7 @@ class Measured(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A contestant and what it shall do."""
+    """A contestant and its task."""
 
     contestant: Contestant
     task: Task
@@ -125,9 +125,9 @@ def measure(
 ) -> dict[str, Measured]:
     """Measures each entry in `rounds` turns of about `sample` seconds, at least one call.
 
-    Every other round goes backwards, so that nobody always follows the same neighbour. With
-    `one_at_a_time` each is measured and ended before the next starts: for devices that serve
-    one process only, and for contestants that do not fit in memory together.
+    Every other round has the opposite order, so that none always follows the same contestant.
+    With `one_at_a_time` each is measured and ended before the next starts: for devices that
+    serve one process only, and for contestants that do not fit in memory together.
     """
     if one_at_a_time:
         measured: dict[str, Measured] = {}

@@ -1,7 +1,7 @@
 """Tables and plots of what was measured: `python -m benchmarks.report FILE.json ...`.
 
 Prints tables in Markdown and draws FILE.png beside each file. With --page=FILE.md the tables
-replace what stands in that page between the two lines `<!-- measured -->`.
+replace the text of that page between the two lines `<!-- measured -->`.
 """
 
 import json
@@ -79,7 +79,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 _GROUP = ("model", "images", "transform", "batch_size", "dtype")
 _WHO = ("model", "batch_size", "dtype", "contestant")
 _SPEED = ("images_per_second", "ratio", "ratio_float32", "of_peak")
-# What each benchmark shows of its rows, and what its plot shows.
+# The columns and the plot of each benchmark.
 SHOWN = {
     "inference": (*_WHO, *_SPEED, "failed"),
     "train_step": (*_WHO, *_SPEED, "peak_bytes", "memory_ratio", "page_faults", "failed"),
@@ -146,7 +146,7 @@ def leads(rows: list[Row]) -> list[Row]:
 
 
 def conditions(found: dict[str, Any]) -> str:
-    """One paragraph: on what, with what, when, and how busy it was."""
+    """One paragraph: date, machine, versions and load."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     before, after = (
         "/".join(f"{load:.1f}" for load in found[name])
@@ -184,7 +184,7 @@ def plot(record: dict[str, Any]) -> Figure:
         title = ", ".join(
             f"batch {value}" if name == "batch_size" else value for name, value in key
         )
-        # Long ones would run out of the picture, for axes are what they are centred on.
+        # Long titles would leave the picture, because they are centred on the axes.
         axes.set_title(title, fontsize=min(9, 9 * 38 / len(title)))
         _bars(axes, [row["contestant"] for row in inside], [value(row) or {} for row in inside])
         if "ratio" in inside[0] and label.startswith("speed"):
@@ -194,7 +194,7 @@ def plot(record: dict[str, Any]) -> Figure:
 
 
 def _grid(panels: int, height: float) -> tuple[Figure, list[Axes]]:
-    """Panels two abreast, each `height` inches; those too many stay empty."""
+    """Panels in two columns, each `height` inches; unused ones stay empty."""
     across = max(1, min(panels, 2))
     down = max(1, -(-panels // across))
     figure = Figure((WIDTH, down * height + 0.3), layout="constrained")
@@ -241,7 +241,7 @@ def read(path: Path) -> dict[str, Any]:
     """A file that a benchmark wrote.
 
     Raises:
-      UserError: it is not there, or is something else.
+      UserError: it does not exist, or is another kind of file.
     """
     try:
         record = json.loads(path.read_text())

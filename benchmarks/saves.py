@@ -1,8 +1,8 @@
 """What digests add to saving a checkpoint: `python -m benchmarks.saves`.
 
 Saves the state of a network, weights and Adam's moments of random numbers, as training does,
-with digests and without in turns, and says how long a save takes until it is on disk, how many
-seconds processors work on it in this process, and what the digests take of both.
+with digests and without in turns, and says how long a save takes until it is on disk, how much
+CPU time it takes in this process, and the share of the digests in both.
 
   --models=B/16,L/16   networks at 224 pixels with 1,000 classes
   --rounds=3           saves of each kind; the table shows medians and their range

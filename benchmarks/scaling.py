@@ -1,9 +1,9 @@
-"""How time and memory of our update grow: `python -m benchmarks.scaling`.
+"""The growth of time and memory of our update: `python -m benchmarks.scaling`.
 
 One quantity at a time grows from a small network, and a power law is fitted to each: the
-exponent of time, of the memory that XLA plans, and of the counted work, to compare. Devices
-are real where there are several; on a CPU they are parts of it, which shows what dividing
-costs, not what it gains.
+exponent of time, of the memory that XLA plans, and of the counted work, to compare. Devices are
+real where there are several; on a CPU they are parts of it, which shows the cost of sharding,
+not its gain.
 """
 
 import math

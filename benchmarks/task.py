@@ -1,6 +1,6 @@
-"""What every contestant is given to do, in a form that fits on a line of JSON.
+"""The task of every contestant, in a form that fits on a line of JSON.
 
-Nothing here imports a framework, so that a process holds only the one that it measures.
+Nothing here imports a framework, so that a process loads only the one that it measures.
 """
 
 from typing import Any, NamedTuple
@@ -38,12 +38,12 @@ class Task(NamedTuple):
         return network | {"image_size": size, "channels": 3, "num_classes": CLASSES}
 
     def example(self) -> tuple[np.ndarray, np.ndarray]:
-        """(B, H, W, C) float32 images and (B,) int32 labels, the same for everybody."""
+        """(B, H, W, C) float32 images and (B,) int32 labels, the same for all."""
         rng = np.random.default_rng(0)
         images = rng.standard_normal((self.batch_size, *self.image_size, 3), np.float32)
         return images, rng.integers(0, CLASSES, self.batch_size, np.int32)
 
 
 def product_size(backend: str) -> int:
-    """Edge of the square matrices whose product is the yardstick of a device."""
+    """Edge of the square matrices whose product is the reference speed of a device."""
     return 2048 if backend == "cpu" else 8192

@@ -96,7 +96,7 @@ def example(task: Task) -> tuple[Any, Any]:
 
 
 def inference(builder: str, compiled: bool, task: Task) -> Run:
-    """In bfloat16 the weights and the images are, which is torch's fastest way."""
+    """In bfloat16 weights and images are stored in it, which is fastest in torch."""
     precision = getattr(torch, task.dtype)
     model = BUILDERS[builder](task).eval().to(device(task), precision)
     forward = torch.compile(model) if compiled else model

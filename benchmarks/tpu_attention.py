@@ -1,16 +1,16 @@
-"""What attention moves on TPUs that need not be there: `python -m benchmarks.tpu_attention`.
+"""Memory traffic of attention on unattached TPUs: `python -m benchmarks.tpu_attention`.
 
 Compiles softmax attention and its gradient (pip install -e '.[tpu]') for several numbers of
-tokens, as one chip computes it, in every form that there is:
+tokens, as one chip computes it, in every implementation:
 
   whole    XLA's products of all examples at once
-  parts    XLA's products, so much at a time that the scores stay on the chip
+  parts    XLA's products, in parts small enough that the scores stay on the chip
   pallas   our kernel for short sequences
   flash    JAX's kernel `pallas.ops.tpu.flash_attention`
   splash   JAX's kernel `pallas.ops.tpu.splash_attention`
 
 JAX's kernels take tokens in multiples of 128 only, so these are padded and masked. Nothing is
-run. Of a kernel the operands and results count once; flash and splash read keys and values
+executed. Of a kernel the operands and results count once; flash and splash read keys and values
 again for each block of queries, which is added.
 """
 

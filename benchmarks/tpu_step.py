@@ -1,11 +1,12 @@
-"""What a training step moves on TPUs that need not be there: `python -m benchmarks.tpu_step`.
+"""Memory traffic of a training step on unattached TPUs: `python -m benchmarks.tpu_step`.
 
 Compiles the step of `vit_jax.train` ahead of time (pip install -e '.[tpu]') for the same slice,
-mesh, batch, recomputation and optimiser with two formulations of the network, both a loop over
-layers: ours, and that of Google's vision_transformer and big_vision, from Flax's own layers.
-Prints of each what a device moves to and from HBM, the memory that it needs, what it exchanges,
-the roofline of `vit_jax.plan`, and the ratio of the two; then where our bytes go. Nothing is
-run: the times are estimates, bytes and memory are what the compiler's program says.
+mesh, batch, recomputation and optimiser with two implementations of the network, both a loop
+over layers: ours, and that of Google's vision_transformer and big_vision, from Flax's own
+layers. Prints of each what a device moves to and from HBM, the memory that it needs, what it
+exchanges, the roofline of `vit_jax.plan`, and the ratio of the two; then the largest parts of
+our traffic. Nothing is executed: times are estimates, bytes and memory are those of the
+compiled program.
 
   --topology=v5e:4x4,v6e:4x4   slices
   --models=B/16,L/16           networks of configs/vit_i1k.py, at 224 pixels, without dropout
@@ -37,7 +38,7 @@ CLASSES, EXAMPLES = 1000, 1_281_167  # ImageNet-1k
 
 
 class Formulation(NamedTuple):
-    """How a network is written, and what the configuration says for it."""
+    """An implementation of the network, and its settings in the configuration."""
 
     build: Callable[[], Callable[[Any], Any]]
     fields: dict[str, Any]
@@ -153,7 +154,7 @@ def _cells(row: dict[str, Any], theirs: dict[str, Any] | None) -> list[str]:
 
 
 def movers(row: dict[str, Any]) -> str:
-    """Where the bytes of a row go, by part of the network."""
+    """The memory traffic of a row, by part of the network."""
     lines = [f"{row['model']} on {row['topology']}, {row['formulation']}:"]
     for mover in row["movers"]:
         what = " ".join((mover["phase"], mover["part"], mover["operation"], mover["largest"]))
@@ -178,7 +179,7 @@ def define_flags() -> None:
 
 
 def check(models: list[str], topologies: list[str]) -> None:
-    """Raises UserError for what BATCHES does not know."""
+    """Raises UserError for names that BATCHES does not have."""
     for model in models:
         if model not in BATCHES:
             raise UserError(f"--models has {model!r}: use some of {', '.join(BATCHES)}")

@@ -1,8 +1,7 @@
-"""The process of one contestant: it prepares, then measures when it is told to.
+"""The process of one contestant: it prepares, then measures on request.
 
-Standard input holds one line of JSON that says what to do, then a line for each turn: how
-often to run. Every line is answered by one line of JSON. `benchmarks.processes` is at the
-other end.
+Standard input has one line of JSON with the task, then a line for each turn: how often to run.
+Every line is answered by one line of JSON. `benchmarks.processes` writes and reads them.
 """
 
 import importlib
@@ -22,7 +21,7 @@ def memory(field: str) -> int:
     """Bytes resident now (`VmRSS`) or at most so far (`VmHWM`).
 
     Not `getrusage`, whose maximum a process inherits from the one that started it; where there
-    is no /proc it has to do.
+    is no /proc it is used.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -34,7 +33,7 @@ def memory(field: str) -> int:
 
 
 def page_faults() -> int:
-    """How often the system had to give this process a page of memory."""
+    """The number of page faults of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 

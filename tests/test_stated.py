@@ -140,7 +140,7 @@ def test_a_rectangle_and_heads_are_said(tmp_path):
     cfg, params = save(tmp_path / "w", image_size=(16, 64))  # 2 x 8 patches, as many as 4 x 4
     square = trained.load_any(str(tmp_path / "w"), "last", None, Stated(num_heads=3))
     assert square.model.config.grid == (4, 4)
-    assert any("--source_image_size=HEIGHTxWIDTH says another" in n for n in square.notes)
+    assert any("--source_image_size=HEIGHTxWIDTH sets another" in n for n in square.notes)
     said = Stated(image_size=(16, 64), num_heads=3)
     found = trained.load_any(str(tmp_path / "w"), "last", None, said)
     assert found.model.config == cfg
@@ -182,7 +182,7 @@ def test_an_npz_that_we_write_says_a_rectangle_that_would_be_taken_for_a_square(
 
 
 def test_our_own_say_it_themselves(tmp_path):
-    with pytest.raises(UserError, match="--num_heads is about weights of others"):
+    with pytest.raises(UserError, match="--num_heads describes weights of other projects"):
         Stated(num_heads=3).check_unused("runs/x")
     Stated().check_unused("runs/x")
     with pytest.raises(UserError, match="--source_image_size=0x4 does not read as a size"):
@@ -204,7 +204,7 @@ def test_training_is_told_as_well(tmp_path):
     said = Stated(image_size=(16, 64), num_heads=3)
     config, before = begin.resolve(finetune(tmp_path / "w"), tmp_path, (), said)
     assert (before.model.config.grid, config.model.num_heads) == ((2, 8), 3)
-    with pytest.raises(UserError, match="say it with --num_heads=N"):
+    with pytest.raises(UserError, match="give it with --num_heads=N"):
         trainer.train(finetune(tmp_path / "w"), tmp_path / "run")
     result = trainer.train(finetune(tmp_path / "w"), tmp_path / "run", said=said)
     assert result["eval/count"] == 64

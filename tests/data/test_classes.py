@@ -61,7 +61,7 @@ def test_position_counts_only_where_names_say_nothing():
     assert "their order is taken to be the same" in found.note
     # Those that can be matched stand where they should, so the others do, too.
     assert outputs(["cat", "canine", "emu"], ["cat", "dog", "emu"]) == (0, 1, 2)
-    with pytest.raises(Mismatch, match="'cat' stands at another place there"):
+    with pytest.raises(Mismatch, match="'cat' has another position there"):
         outputs(["canine", "cat", "emu"], ["cat", "dog", "emu"])
     with pytest.raises(Mismatch, match="evaluate on data with the same classes"):
         outputs(["tench", "goldfish"], ["n1", "n2"], published=False)

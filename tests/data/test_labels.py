@@ -302,7 +302,7 @@ def test_labels_that_look_like_something_else_are_told_of(images, capsys):
     assert "data.multi_label=space" in said
     write(images / "u.csv", "file,label", "0.png,1.5", "1.png,2.0")
     assert catalog.load(f"folder:{images}/u.csv", "all").class_names == ("1.5", "2.0")
-    assert "labels such as 1.5, which are taken for names" in capsys.readouterr().err
+    assert "labels such as 1.5, which are read as names" in capsys.readouterr().err
     write(images / "v.csv", "file,label", "0.png,big cat", "1.png,big dog")
     catalog.load(f"folder:{images}/v.csv", "all")
     assert "several" not in capsys.readouterr().err

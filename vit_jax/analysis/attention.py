@@ -21,7 +21,7 @@ from vit_jax.models.vit_config import ViTConfig
 
 
 def num_prefix_tokens(tokens: int, grid: tuple[int, int]) -> int:
-    """How many of T tokens stand before the patches."""
+    """How many of T tokens precede the patches."""
     rows, columns = grid
     return tokens - rows * columns
 
@@ -35,12 +35,12 @@ def patch_distances(grid: tuple[int, int], patch_size: int) -> np.ndarray:
 def mean_attention_distance(
     attention: jax.Array, grid: tuple[int, int], patch_size: int
 ) -> jax.Array:
-    """How far apart a query and what it attends to are, on average (section D.7).
+    """The mean distance between a query and what it attends to (section D.7).
 
     The distance from a patch to the patches that it attends to, weighted by attention, then
     averaged over all patches. Tokens that are no patches have no place in the image: they are
     left out as queries and as keys, and what remains of a row is rescaled to sum to 1. The
-    paper does not spell this out; it is our reading.
+    paper does not say this; it is our interpretation.
 
     Args:
       attention: (B, k, T, T) weights, rows are queries.
@@ -60,14 +60,14 @@ def mean_attention_distance(
 def attention_rollout(
     attention: Iterable[jax.Array], readout: jax.Array, residual: bool = True
 ) -> jax.Array:
-    """How much of each input token has reached what is read out, after each layer.
+    """How much of each input token is in the read-out tokens, after each layer.
 
     Attention is averaged over the heads, and the matrices of all layers are multiplied
     (section D.8, after Abnar and Zuidema, arXiv 2005.00928).
 
     Args:
       attention: (B, k, T, T) weights of each of L layers, the first layer first.
-      readout: (B, T) share of each token in what is read out; rows sum to 1.
+      readout: (B, T) weight of each token in the read-out; rows sum to 1.
       residual: mixes each matrix half and half with the identity, for the skip connection,
         as Abnar and Zuidema do; their rows then sum to 1 again. The text of section D.8 does
         not mention it; False leaves it out.

@@ -24,7 +24,7 @@ from vit_jax.models.vit_config import ViTConfig
 from vit_jax.system.atomic import replacing
 from vit_jax.system.errors import UserError
 
-FILTERS = 28  # principal components, as the paper is said to show
+FILTERS = 28  # principal components, as many as the paper's figure has (second-hand)
 
 DISTANCE_IMAGES = 128  # that the paper averages the attention distance over
 
@@ -40,7 +40,7 @@ class Drawn(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What the model made of an image.
+    """The outputs of the model for an image.
 
     Attributes:
       path: its file.
@@ -108,10 +108,10 @@ def draw_positions(cfg: ModelConfig, params: Any) -> Drawn | str:
 def look(
     model: trained.Trained, paths: list[str], residual: bool, batch_size: int, mesh: Mesh
 ) -> tuple[list[Seen], int]:
-    """Shows images to the model, and says on stderr which cannot be read.
+    """Runs the model on images, and reports on stderr which cannot be read.
 
     Returns:
-      What it made of those that can be read, in order, and the number of the others.
+      Its outputs for those that can be read, in order, and the number of the others.
     """
     cfg = model.model.config
     shapes: dict[str, tuple[int, ...]] = {"probabilities": (cfg.num_classes,)}
@@ -145,7 +145,7 @@ def look(
 
 
 def draw_distance(cfg: ViTConfig, distances: np.ndarray) -> Drawn:
-    """The mean over (images, L, k) distances, which are NaN where a head sees no patch."""
+    """The mean over (images, L, k) distances, NaN where a head attends to no patch."""
     counts = (~np.isnan(distances)).sum(axis=0)
     total = np.nansum(distances.astype(np.float64), axis=0)
     mean = np.divide(total, counts, out=np.full(counts.shape, np.nan), where=counts > 0)
@@ -219,7 +219,7 @@ def best(
 
 
 def as_seen(model: trained.Trained, path: str) -> np.ndarray:
-    """The (H, W, C) uint8 pixels that the model is shown, before normalisation.
+    """The (H, W, C) uint8 input of the model, before normalisation.
 
     Of images that are neither grey nor RGB, the first channels.
     """
@@ -243,7 +243,7 @@ def visualize(
     batch_size: int,
     mesh: Mesh,
 ) -> int:
-    """Draws everything there is into the folder `output`; returns how many images failed.
+    """Draws all figures into the folder `output`; returns how many images failed.
 
     Raises:
       UserError: `output` cannot be written, or there is nothing to draw at all.

@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 DPI = 200
-WIDTH = 7.0  # inches, a printed page between its margins
-COLOURS = "viridis"  # even in lightness, for every kind of colour vision
+WIDTH = 7.0  # inches, the text width of a printed page
+COLOURS = "viridis"  # of uniform lightness, for every kind of colour vision
 BLUE, VERMILLION, GREY = "#0072B2", "#D55E00", "#666666"  # of Okabe and Ito, and grey
 MOST_TILES = 14  # a side, beyond which tiles are too small to read
 
@@ -107,7 +107,7 @@ def distances(pixels: np.ndarray, uniform: float) -> Figure:
 def rollouts(
     photos: Sequence[np.ndarray], masks: Sequence[np.ndarray], titles: Sequence[str]
 ) -> Figure:
-    """Each photo, the photo as bright as the rollout, and the rollout (figure 6).
+    """Each photo, the photo multiplied by the rollout, and the rollout (figure 6).
 
     Args:
       photos: (H, W, C) uint8.

@@ -1,4 +1,4 @@
-"""One HTML page with everything in it: no file beside it, no network, no script."""
+"""One self-contained HTML page: no other files, no network, no script."""
 
 import base64
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Picture(NamedTuple):
 
 
 class Photo(NamedTuple):
-    """A photo and what the model says about it.
+    """A photo and the model's predictions for it.
 
     Attributes:
       name: its file.

@@ -11,7 +11,7 @@ from vit_jax.system.errors import UserError
 
 def define_flags() -> None:
     flags.DEFINE_string(
-        "coordinator", None, "HOST:PORT of process 0, where nothing else says it."
+        "coordinator", None, "HOST:PORT of process 0, where it is not detected."
     )
     flags.DEFINE_integer("num_processes", None, "How many there are, with --coordinator.")
     flags.DEFINE_integer("process_id", None, "Which one this is, from 0, with --coordinator.")

@@ -320,10 +320,10 @@ class _Share:
         return self.batch_size // self.part_count
 
     def position(self, i: int) -> int:
-        """Where this process's i-th example stands among all examples of all batches.
+        """The position of this process's i-th example among the examples of all batches.
 
-        There the copies of an image stand side by side; in a batch, those come first that are
-        the first copy of theirs, then all second ones, and so on.
+        There the copies of an image are adjacent; in a batch, the first copies of all images
+        come first, then all second copies, and so on.
         """
         step, row = divmod(i, self.size)
         part, row = divmod(row, self.part_size)
@@ -370,7 +370,7 @@ class _Pieces:
         examples = [self.examples[j] for j in range(first, first + self.size)]
         stack = {}
         for key, shape in self.shapes.items():
-            # Faster than to make an array of each and stack them.
+            # Faster than making an array of each and stacking them.
             pixels = b"".join([example[key] for example in examples])
             stack[key] = np.frombuffer(pixels, self.dtype).reshape(-1, *shape)
         for key in examples[0].keys() - stack.keys():
@@ -456,7 +456,7 @@ class _Prepare:
 
 @dataclass(frozen=True)
 class _Augmented:
-    """The example at a place of the source, in pixels of its own drawing."""
+    """The example at a position of the source, with its own random numbers."""
 
     source: Replacing
     prepare: _Prepare

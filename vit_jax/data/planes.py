@@ -66,16 +66,16 @@ def with_depth(pixels: np.ndarray, bits: int | None) -> np.ndarray:
 
 
 class OtherChannels(ValueError):
-    """The image has channels that cannot stand for those wanted."""
+    """The channels of the image cannot be converted to those wanted."""
 
 
 def with_channels(pixels: np.ndarray, channels: int | None) -> np.ndarray:
     """(H, W, C) of as many channels as are wanted; None: as it is.
 
-    Between grey and colours it goes as PIL does it; transparency is dropped where it is the
-    one channel too many.
+    Between grey and colours it converts as PIL does; transparency is dropped if it is the only
+    additional channel.
 
-    Raises OtherChannels for all else.
+    Raises OtherChannels for everything else.
     """
     found = pixels.shape[-1]
     if channels in (None, found):

@@ -37,7 +37,7 @@ class Level(NamedTuple):
 # How to train your ViT? (arXiv 2106.10270), appendix; its figures call the strong ones heavy.
 AUGREG = {
     "none": Level(0, 0, 0.0),
-    # Not free of effect: at magnitude 0 the operations still invert, equalise and so on.
+    # Not without effect: at magnitude 0 the operations still invert, equalise and so on.
     "light1": Level(2, 0, 0.0),
     "light2": Level(2, 10, 0.2),
     "medium1": Level(2, 15, 0.2),
@@ -57,7 +57,7 @@ class Recipe(NamedTuple):
 def augreg(name: str, quirks: bool = False) -> tuple[str, float]:
     """The training transform and mixup's alpha of one of the seven strengths of AugReg.
 
-    With `quirks`, RandAugment repeats the slips of the code that the paper used.
+    With `quirks`, RandAugment repeats the mistakes of the code that the paper used.
     Raises UserError for another name.
     """
     if name not in AUGREG:

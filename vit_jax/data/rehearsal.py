@@ -22,7 +22,7 @@ def rehearse(
     """Decodes and transforms one image of `source`.
 
     Raises:
-      UserError: it cannot be done to any, or bad images are more than `max_bad` allows.
+      UserError: it fails for all of them, or bad images are more than `max_bad` allows.
     """
     failures: list[BadImage] = []
     rng: Any = np.random.default_rng(0) if training else None

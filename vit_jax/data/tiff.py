@@ -27,11 +27,11 @@ _READ = {
 
 
 class Unsupported(ValueError):
-    """A TIFF of a kind that is not read here."""
+    """A TIFF of a kind that is not supported."""
 
 
 class _Page(NamedTuple):
-    """What the tags of a page say, and the byte order of its samples."""
+    """The tags of a page, and the byte order of its samples."""
 
     tags: dict[int, tuple[int, ...]]
     order: str

@@ -14,12 +14,13 @@ _OF_THE_GROUP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 def end_with_the_parent(worker: int, workers: int) -> None:
     """Makes this worker process end when its parent is gone, and not before.
 
-    What Ctrl-C, a closed terminal or a launcher sends to the whole group is the parent's to
-    hear: it saves, for which it may still need a batch, and then ends the workers itself.
+    Signals of Ctrl-C, a closed terminal or a launcher go to the whole group, but only the
+    parent handles them: it saves, for which it may still need a batch, and then ends the
+    workers itself.
 
     The monitored pipe breaks however the parent ends, also by SIGKILL. (Linux can send a
-    signal then, by PR_SET_PDEATHSIG, but takes the end of the thread that started the process
-    for the end of the parent, and Grain starts workers in threads that end.)
+    signal then, by PR_SET_PDEATHSIG, but treats the end of the thread that started the process
+    as the end of the parent, and Grain starts workers in threads that end.)
     """
     for number in _OF_THE_GROUP:
         signal.signal(number, signal.SIG_IGN)
@@ -34,11 +35,11 @@ def _watch(sentinel: int) -> None:
 
 
 def start_tracker() -> None:
-    """Starts the process that clears away what is left in shared memory, out of harm's way.
+    """Starts the process that cleans up shared memory, protected from signals.
 
     Python starts one before its first worker. It outlives the others, and removes what they
-    could not: so it must not die of a signal to the whole group. Python lets it ignore Ctrl-C
-    and SIGTERM; here the other two are blocked while it starts, which it inherits.
+    left: so a signal to the whole group must not end it. Python makes it ignore Ctrl-C and
+    SIGTERM; here the other two are blocked while it starts, which it inherits.
     """
     others = {signal.SIGHUP, signal.SIGQUIT}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, others)
@@ -51,8 +52,8 @@ def start_tracker() -> None:
 def free_shared_memory() -> None:
     """Frees what Grain's iterators, closed by now, still hold: batches that were not consumed.
 
-    They lie in circles of references, some of them for ever where no circles are looked for
-    before the end of Python, and are freed by a thread of Grain's, which is waited for.
+    They are in reference cycles, some of which would stay until Python exits without a
+    collection, and are freed by a thread of Grain's, for which this waits.
     """
     from grain._src.python.ipc import shared_memory_array
 

@@ -207,7 +207,7 @@ def configure(source: Path, kind: type[_Config], **fields: Any) -> _Config:
         raise UserError(f"{source} does not describe a model: {error}") from error
 
 
-_SAY_SIZE = "say with --source_image_size=HEIGHTxWIDTH what images it was made for"
+_SAY_SIZE = "give the image size it was made for: --source_image_size=HEIGHTxWIDTH"
 
 
 def square_grid(
@@ -239,7 +239,7 @@ def square_grid(
         if notes is not None and edge > 1:
             notes.append(
                 f"The file does not say the shape of its {patches} patches: {edge} x {edge} "
-                f"assumed, --source_image_size=HEIGHTxWIDTH says another."
+                f"assumed, --source_image_size=HEIGHTxWIDTH sets another."
             )
         return edge * patch_size, edge * patch_size
     if (image_size[0] // patch_size) * (image_size[1] // patch_size) != patches:
@@ -275,7 +275,7 @@ def relative_size(
     if notes is not None and not image_size and height > 1:
         notes.append(
             f"The file does not say the shape of its {rows} relative positions: {height} x "
-            f"{width} patches assumed, --source_image_size=HEIGHTxWIDTH says another."
+            f"{width} patches assumed, --source_image_size=HEIGHTxWIDTH sets another."
         )
     return height * patch_size, width * patch_size
 
@@ -292,11 +292,11 @@ def guess_heads(depth: int, width: int, mlp_dim: int, source: Path) -> tuple[int
     if width % 64:
         raise UserError(
             f"{source} does not say the number of heads, and a width of {width} is not a "
-            f"multiple of 64 to infer it from: say it with --num_heads=N"
+            f"multiple of 64 to infer it from: give it with --num_heads=N"
         )
     heads = width // 64
     note = f"The file does not say the number of heads: {heads}, of width 64, assumed"
-    return heads, f"{note}, --num_heads=N says another."
+    return heads, f"{note}, --num_heads=N sets another."
 
 
 def class_token(found: bool, pool: str) -> bool | None:

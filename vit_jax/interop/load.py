@@ -109,8 +109,8 @@ def _read(
         arrays = torchvision.to_timm(arrays, other, path, notes)
         family = family or other
         notes.append(
-            f"The file does not say how images are prepared: as {family} does for most of its "
-            f"models assumed, --family=NAME says another way."
+            f"The file does not say how images are prepared: what {family} does for most of "
+            f"its models is assumed; --family=NAME sets another."
         )
     if timm.recognises(arrays):
         said, images = _said(path, origin), dict[str, Any]()

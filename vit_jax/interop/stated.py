@@ -26,8 +26,8 @@ class Stated(NamedTuple):
         said = {"source_image_size" if f == "image_size" else f: x for f, x in self._by_name()}
         if given := [f"--{flag}" for flag, value in said.items() if value is not None]:
             raise UserError(
-                f"{', '.join(given)} is about weights of others, and {name} was written by "
-                f"vit_jax, which says it: leave it out"
+                f"{', '.join(given)} describes weights of other projects, but {name} was "
+                f"written by vit_jax, which stores it: leave it out"
             )
 
     def _by_name(self) -> list[tuple[str, Any]]:

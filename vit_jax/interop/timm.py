@@ -325,7 +325,7 @@ def _family(
         notes.append(
             f"Nothing in the file distinguishes DeiT, DINO, MAE and timm for sure: the "
             f"preprocessing of {family!r} assumed, from the form of the file; --family=NAME "
-            f"says another."
+            f"sets another."
         )
     return family
 

@@ -153,7 +153,7 @@ def _assumed(found: Imported) -> str:
     rows, columns = cast(ViTConfig, found.cfg).grid
     return (
         f"The file does not say the shape of its {rows * columns} patches: {rows} x {columns} "
-        f"assumed, --source_image_size=HEIGHTxWIDTH says another."
+        f"assumed, --source_image_size=HEIGHTxWIDTH sets another."
     )
 
 

@@ -1,6 +1,6 @@
 """Sizes of known data sets, which need not be present."""
 
-# Classes, and examples of an epoch, of data sets that need not be there.
+# Classes, and examples of an epoch, of data sets that need not be present.
 KNOWN = {
     "tfds:imagenet2012": (1000, 1_281_167),
     "tfds:imagenet21k": (21_843, 14_197_122),

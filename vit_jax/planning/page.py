@@ -15,7 +15,7 @@ def _range(shares: tuple[float, float]) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The plan for people."""
+    """The plan as text."""
     mesh = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     height, width = plan.image_size
     scanned = "a loop over layers" if plan.scan else "layers one after another"
@@ -50,7 +50,7 @@ def describe(plan: Plan) -> str:
 
 
 def _describe_movers(plan: Plan) -> list[str]:
-    """Where the bytes go, so that it can be seen what to change."""
+    """The largest movers of bytes: where a change would help most."""
     if not plan.traffic:
         return []
     gigabytes = lambda size: f"{size / 1e9:.2f} GB"

@@ -1,4 +1,4 @@
-"""The matrix products of a traced program, counted in its jaxpr: what is really computed.
+"""The matrix products of a traced program, counted in its jaxpr.
 
 Where `models/flops.py` counts from the shape of a network, this counts the operations of the
 program, recomputation of the backward pass included, and as often as loops run.

@@ -7,7 +7,7 @@ XLA prints a program as computations, lists of instructions that name each other
   }
   ENTRY %main ... { ... while(%tuple), condition=%cond, body=%body ... }
 
-Its own cost analysis counts the body of a loop once. Here it counts as often as it runs. In a
+XLA's own cost analysis counts the body of a loop once; here every iteration counts. In a
 layout, `T(8,128)` is the tile that the last axes are padded to, and `S(1)` a memory that is
 not the device's main one (of a TPU: VMEM, the memory on the chip).
 """
@@ -35,7 +35,7 @@ class Array(NamedTuple):
 
     @property
     def padded_bytes(self) -> int:
-        """What it takes in memory, its last axes padded to whole tiles."""
+        """Its size in memory, its last axes padded to whole tiles."""
         order, _, rest = self.layout.partition(":")
         shape, tile = list(self.shape), re.match(r"T\(([\d,]+)\)", rest)
         if shape and tile:
@@ -353,7 +353,7 @@ class Program:
         )
 
     def movers(self) -> list["Mover"]:
-        """What `traffic` is made of, by the part of the network, the largest first."""
+        """The parts of `traffic`, by part of the network, the largest first."""
         found: dict[tuple[str, str, str], list[tuple[int, int, str]]] = defaultdict(list)
         for where, times in self.runs(into_fusions=False).items():
             for instruction in self._computations[where].values():
@@ -372,7 +372,7 @@ class Program:
         if opcode in _FREE or opcode.endswith("-start") or "AllocateBuffer" in str(instruction):
             return 0
         results = arrays(instruction.type)
-        if opcode.endswith("-done"):  # what moved is known here, and from where at the start
+        if opcode.endswith("-done"):  # the end has the moved array, the start its source
             start = self._computations[where].get(next(iter(instruction.operands), ""))
             source = start and next(iter(start.operands), "")
             sources = self._arrays(where, source) if source else []

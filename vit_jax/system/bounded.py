@@ -16,7 +16,7 @@ SETTINGS = 16 << 20  # bytes of a whole file of settings, names or labels of cla
 
 
 class Unfit(OSError):
-    """No regular file, or a larger one than can be meant."""
+    """Not a regular file, or a file over the limit."""
 
 
 def open_regular(path: str | Path, most: int | None = None) -> IO[bytes]:

@@ -106,8 +106,8 @@ def _take(file: int, path: Path, waiting: str) -> None:
         if error.errno not in _NO_LOCKS:
             raise
         print(
-            f"note: the file system of {path.parent} has no locks ({error.strerror}): see to "
-            "it that nothing else runs there",
+            f"note: the file system of {path.parent} has no locks ({error.strerror}): make "
+            "sure that nothing else runs there",
             file=sys.stderr,
         )
 
@@ -164,8 +164,8 @@ class WorkDirectory:
 def alone_in(workdir: Path, first: bool = True) -> Iterator[WorkDirectory]:
     """Keeps other runs out of `workdir`, which is made if it is not there.
 
-    Of several processes of a run only the `first` takes the lock. Where the folder was removed
-    under the run, that is raised in place of whatever failed because of it.
+    Of several processes of a run only the `first` takes the lock. If the folder was removed
+    during the run, that error replaces whatever failed because of it.
 
     Raises:
       UserError: another run is there, or the folder cannot be made, or was removed.

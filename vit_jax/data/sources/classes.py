@@ -21,8 +21,8 @@ from vit_jax.system.errors import UserError
 
 Names = tuple[str, ...]
 REMEDY = (
-    "say with --classes which output each class of the data is (names or numbers, with commas "
-    "between, or a file of one a line), or with --class_names=FILE what the outputs are called"
+    "give the output of each class of the data with --classes (names or numbers, with commas "
+    "between, or a file of one a line), or the names of the outputs with --class_names=FILE"
 )
 
 
@@ -123,7 +123,7 @@ def match(model: Names, data: Names, where: str, trust_order: bool) -> Match:
     if moved:
         unknown = [name for i, name in enumerate(data) if i not in found]
         raise Mismatch(
-            f"{counts}: {data[moved[0]]!r} stands at another place there, so that the order "
+            f"{counts}: {data[moved[0]]!r} has another position there, so the order "
             f"does not say which output {unknown[0]!r} is; {REMEDY}"
         )
     first = next(i for i in range(len(data)) if i not in found)
@@ -168,7 +168,7 @@ def _numbered(data: list[int]) -> Match | None:
         if sorted(data) == list(range(first, first + len(data))):
             return Match(
                 tuple(n - first for n in data),
-                f"the classes of the data are numbers, from {first}: they are taken for the "
+                f"the classes of the data are numbers, from {first}: they are used as the "
                 f"model's outputs in the order of these numbers",
             )
     return None

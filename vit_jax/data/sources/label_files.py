@@ -397,7 +397,7 @@ def _classes(listed: Listed, path: Path, known: list[Row]) -> Classes:
             multi_label.tell_of_joined(sorted(found), repr(str(path)))
         if broken := sorted(label for label in found if re.fullmatch(r"-?\d*\.\d+", label)):
             image_files.tell_once(
-                f"note: {str(path)!r} has labels such as {broken[0]}, which are taken for "
+                f"note: {str(path)!r} has labels such as {broken[0]}, which are read as "
                 f"names of classes: numbers of classes are whole"
             )
         return Classes(tuple(sorted(found)), False)

@@ -57,7 +57,7 @@ def randaugment(
     """Applies `layers` operations, each drawn from all 16, at strength magnitude / 10.
 
     Distances are in pixels whatever the image's size: they were chosen for 224 x 224. With
-    `quirks`, Contrast, Solarize and Posterize do what the original code made of them.
+    `quirks`, Contrast, Solarize and Posterize do what the original code does.
     """
     for _ in range(layers):
         name = _NAMES[rng.integers(len(_NAMES))]
@@ -227,7 +227,7 @@ def turn_hue(image: Image.Image, share: float) -> Image.Image:
 
 
 def contrast_towards_size(image: Image.Image, factor: float) -> Image.Image:
-    """Blends with grey at the number of pixels / 256, at most 255: Google's original slip."""
+    """Blends with grey at the number of pixels / 256, at most 255: Google's mistake."""
     level = min(image.width * image.height // 256, 255)
     constant = Image.new(image.mode, image.size, _fill(image, (level,) * 3))
     return Image.blend(constant, image, factor)

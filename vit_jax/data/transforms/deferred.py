@@ -14,14 +14,14 @@ from vit_jax.data.planes import Planes
 from vit_jax.data.transforms import resize as resizing
 from vit_jax.data.transforms.crops import Size
 
-LARGE = 1 << 22  # pixels of a result that are made whole without asking: 2048 x 2048
+LARGE = 1 << 22  # pixels of a result that is computed at once: 2048 x 2048
 MOST = Image.MAX_IMAGE_PIXELS or 1 << 26  # pixels held at a time; decoding has twice this
 EDGE = 1 << 24  # pixels of an edge: resizers keep 100 bytes for each
-STRIPS = 4  # times that `MOST` pixels may be worked through for one image
+STRIPS = 4  # how often `MOST` pixels may be processed for one image
 
 
 class TooLarge(ValueError):
-    """To make the pixels of this image would take too much memory or time."""
+    """Computing the pixels of this image would take too much memory or time."""
 
 
 def resize(image: Any, size: Size, method: str, *rounding: str) -> Any:
@@ -34,7 +34,7 @@ def resize(image: Any, size: Size, method: str, *rounding: str) -> Any:
 
 
 class Deferred:
-    """A resized image of which a part may be had: as much of PIL's images as a crop needs."""
+    """A resized image of which parts can be computed, with PIL's interface for cropping."""
 
     def __init__(self, image: Any, size: Size, method: str, rounding: str = "nearest") -> None:
         self.image, self.method, self.rounding = image, method, rounding
@@ -66,7 +66,7 @@ class Deferred:
         return () if self.rounding == "nearest" else (self.rounding,)
 
     def _by_passes(self, left: int, top: int, right: int, bottom: int) -> Image.Image:
-        """Rows are made whole and cut; then columns, so many at a time, and cut."""
+        """Resizes all rows and crops; then resizes columns, some at a time, and crops."""
         rows, pixels = self.image.height, self.image.height * self.width
         same = self.image.width == 1  # then all columns are
         columns = 1 if same else right - left

@@ -75,7 +75,7 @@ def resize(
 
 
 def taps_of(method: str, rounding: str = "nearest") -> Any:
-    """Which pixels are added up, for the methods that are computed here, or None."""
+    """The pixels that are summed, for the methods that are computed here, or None."""
     if method == "area":
         return _area_taps
     by_cykooz = cykooz_resizer and rounding == "nearest"
@@ -118,7 +118,7 @@ def by_taps(
         pixels = _gather(pixels, axis, *taps(pixels.shape[axis], length, np.arange(*part)))
     if image.mode == "F":
         return Image.fromarray(pixels.astype(np.float32))
-    # Sums of weights in float32 may end a hair below the level that they mean.
+    # Sums of weights in float32 may be slightly below the exact level.
     return Image.fromarray((pixels + max(ROUNDING[rounding], 1e-4)).astype(np.uint8))
 
 
