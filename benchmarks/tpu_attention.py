@@ -28,7 +28,9 @@ from benchmarks import conditions, report
 from benchmarks.measure import save
 from vit_jax.command_line import cli
 from vit_jax.distributed import sharding
-from vit_jax.models import attention, devices
+from vit_jax.models import devices
+from vit_jax.models.attention_gradient import recomputing_attention
+from vit_jax.models.attention_kernels import splash_attention
 from vit_jax.planning.program import Program
 from vit_jax.planning.step import memory_of
 from vit_jax.planning.target import topology
@@ -43,7 +45,7 @@ Form = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def ours(form: str, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return attention._compact(q, k, v, None, form)
+    return recomputing_attention(q, k, v, None, form)
 
 
 def examples(tokens: int) -> int:
@@ -79,12 +81,12 @@ def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         )
         return (y[:, :, :tokens].swapaxes(1, 2),)
 
-    given = [(x, attention.TOKENS) for x in (q, k, v)]
-    return devices.on_each_device(on_one, given, [attention.TOKENS])[0]
+    given = [(x, devices.TOKENS) for x in (q, k, v)]
+    return devices.on_each_device(on_one, given, [devices.TOKENS])[0]
 
 
 def splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return attention.splash_attention(q, k, v, "bfloat16")
+    return splash_attention(q, k, v, "bfloat16")
 
 
 FORMS: dict[str, Form] = {

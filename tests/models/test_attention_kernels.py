@@ -13,7 +13,7 @@ import pytest
 from jax import export
 
 from vit_jax.analysis.attention import with_attention_summary
-from vit_jax.models import attention, devices, vit
+from vit_jax.models import attention_kernels, devices, vit
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.system.errors import UserError
 
@@ -73,7 +73,7 @@ def images(cfg):
 )
 def test_limits(monkeypatch, card, head_width, dtype, bias, reason):
     pretend(monkeypatch, card)
-    found = attention.why_not_cudnn(head_width, dtype, bias)
+    found = attention_kernels.why_not_cudnn(head_width, dtype, bias)
     assert found is None if reason is None else reason in found
 
 

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models import attention, devices, kernels, layers, mixer, vit
+from vit_jax.models import (
+    attention,
+    attention_kernels,
+    attention_parts,
+    devices,
+    kernels,
+    layers,
+    mixer,
+    vit,
+)
 from vit_jax.models.mixer import MixerConfig
 from vit_jax.models.vit_config import ViTConfig
 from vit_jax.system.errors import UserError
@@ -183,7 +192,7 @@ def test_attention_in_parts_that_stay_on_the_chip(monkeypatch, heads_on_chip):
     monkeypatch.setattr(devices, "platform", lambda: "tpu")
     shape, tokens = (6, 10, 4, 8), 10
     if heads_on_chip is not None:
-        monkeypatch.setattr(attention, "ON_CHIP", heads_on_chip * 4 * tokens * 128)
+        monkeypatch.setattr(attention_parts, "ON_CHIP", heads_on_chip * 4 * tokens * 128)
     q, k, v, g = (normal(i, *shape) for i in range(4))
     compact = lambda q, k, v: attention.attend(q, k, v, "bfloat16")[0]
     assert compact(*map(jnp.bfloat16, (q, k, v))).dtype == jnp.bfloat16
@@ -192,18 +201,29 @@ def test_attention_in_parts_that_stay_on_the_chip(monkeypatch, heads_on_chip):
 
 def test_the_size_of_a_part_divides_the_batch_and_fits():
     each, heads = 1 << 18, 4
-    most = attention.ON_CHIP // (each * heads)
-    assert attention.part_size(4 * most, heads, each) == (most, heads)
-    assert attention.part_size(most - 1, heads, each) == (most - 1, heads)
-    assert attention.part_size(2 * 53, heads, each) == (2, heads)  # 53 is prime and too many
-    assert attention.part_size(8, heads, attention.ON_CHIP // 3) == (1, 2)  # heads of one
-    assert attention.part_size(8, heads, 2 * attention.ON_CHIP) == (8, heads)  # none fits
+    most = attention_parts.ON_CHIP // (each * heads)
+    assert attention_parts.part_size(4 * most, heads, each) == (most, heads)
+    assert attention_parts.part_size(most - 1, heads, each) == (most - 1, heads)
+    assert attention_parts.part_size(2 * 53, heads, each) == (
+        2,
+        heads,
+    )  # 53 is prime and too many
+    assert attention_parts.part_size(8, heads, attention_parts.ON_CHIP // 3) == (
+        1,
+        2,
+    )  # heads of one
+    assert attention_parts.part_size(8, heads, 2 * attention_parts.ON_CHIP) == (
+        8,
+        heads,
+    )  # none fits
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(100, 64), (300, 72)])
 def test_jaxs_kernel_for_long_sequences(tokens, width):
     q, k, v, g = (normal(i, 2, tokens, 3, width) for i in range(4))
-    kernel = functools.partial(attention.splash_attention, dtype="float32", interpret=True)
+    kernel = functools.partial(
+        attention_kernels.splash_attention, dtype="float32", interpret=True
+    )
     compare(kernel, (q, k, v), g, 1e-5, jnp.float32)
 
 
@@ -212,7 +232,7 @@ def test_which_form_a_tpu_takes_for_more_and_more_tokens(monkeypatch):
 
     def form(tokens, kernel="auto", biased=False, dtype="bfloat16"):
         x = jax.ShapeDtypeStruct((8, tokens, 16, 64), jnp.bfloat16)
-        return attention._form(x, x, dtype, biased, kernel)
+        return attention_kernels.choose(x, x, dtype, biased, kernel)
 
     assert [form(n) for n in (197, 1370, 4097)] == ["parts", "parts", "splash"]
     assert (form(4097, "xla"), form(4097, biased=True)) == ("parts", "whole")

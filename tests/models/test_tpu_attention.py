@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vit_jax.models import attention, devices, tpu_attention
+from vit_jax.models import attention, attention_kernels, devices, tpu_attention
 from vit_jax.system.errors import UserError
 
 
@@ -109,7 +109,7 @@ def test_it_is_refused_with_the_reason(monkeypatch, platform, tokens, keys, dtyp
 def test_auto_does_not_take_what_was_never_timed(monkeypatch):
     monkeypatch.setattr(devices, "platform", lambda: "tpu")
     q = jnp.zeros((1, 4, 1, 8), jnp.bfloat16)
-    assert attention._form(q, q, "bfloat16", False, "auto") == "parts"
+    assert attention_kernels.choose(q, q, "bfloat16", False, "auto") == "parts"
 
 
 @pytest.mark.slow
@@ -127,7 +127,7 @@ def test_it_compiles_for_tpus(slice_):
     for tokens, heads, width in cases:
         x = jax.ShapeDtypeStruct((2, tokens, heads, width), jnp.bfloat16, sharding=place)
         bias = jax.ShapeDtypeStruct((1, heads, tokens, tokens), jnp.float32, sharding=place)
-        assert tpu_attention.why_not(tokens, width, "bfloat16") is None
+        assert tpu_attention.why_not(tokens, width) is None
         for rest in ((), (bias,)):
             for function, inputs in ((tpu_attention.forward, 3), (tpu_attention.backward, 4)):
                 text = jax.jit(function).lower(*[x] * inputs, *rest).compile().as_text()

@@ -11,6 +11,7 @@ BATCH_AXES = ("data", "fsdp")  # axes of the mesh over which examples are divide
 HEAD_AXIS = "tensor"  # the axis over which heads of attention are
 
 Axes = tuple[str, ...]  # what each axis of an array counts: examples, heads, or else
+TOKENS = ("examples", "tokens", "heads", "width")  # of queries, keys and values
 
 
 def sees_mesh() -> bool:

@@ -99,6 +99,31 @@ def matmul(x: jax.Array, w: jax.Array, dtype: str) -> jax.Array:
     return (_widen if widens and devices.platform() == "cpu" else _dense)(x, w, dtype)
 
 
+# Of attention, for CPUs: tokens before heads, as they come from dense layers. XLA would take
+# bfloat16 operands that it transposes back to float32 there.
+_score = product("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", "zbqhd,zbhqk->bkhd")
+_average = product("bhqk,bkhd->bhqd", "bhqd,bkhd->bhqk", "zbhqk,zbhqd->bkhd")
+
+
+def ordered(*arrays: jax.Array) -> list[jax.Array]:
+    """(B, T, k, d) arrays with heads before tokens, (B, k, T, d), but for CPUs."""
+    return [x if devices.platform() == "cpu" else x.swapaxes(1, 2) for x in arrays]
+
+
+def score(q: jax.Array, k: jax.Array, dtype: str) -> jax.Array:
+    """The float32 (B, k, T, S) products of `ordered` queries and keys."""
+    cpu = devices.platform() == "cpu"
+    return _score(q, k, dtype) if cpu else contract("bhqd,bhkd->bhqk", q, k, dtype)
+
+
+def average(weights: jax.Array, v: jax.Array, dtype: str) -> jax.Array:
+    """The float32 (B, k, T, d) sums of `ordered` values with (B, k, T, S) weights."""
+    cpu = devices.platform() == "cpu"
+    return (
+        _average(weights, v, dtype) if cpu else contract("bhqk,bhkd->bhqd", weights, v, dtype)
+    )
+
+
 # --- Bfloat16 between operations -----------------------------------------------------------
 
 

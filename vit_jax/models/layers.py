@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from vit_jax.models import attention
+from vit_jax.models import attention_gradient
 from vit_jax.models.kernels import affine, float32_inside, matmul, stored
 
 Initializer = Callable[..., jax.Array]
@@ -31,7 +31,7 @@ def remat_policy(name: str, dtype: str) -> Callable[..., Any] | None:
         return None
     if stored(dtype) == jnp.float32:
         return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    return jax.checkpoint_policies.save_only_these_names(SAVED, attention.SAVED)
+    return jax.checkpoint_policies.save_only_these_names(SAVED, attention_gradient.SAVED)
 
 
 def patchify(images: jax.Array, patch: int) -> jax.Array:

@@ -23,6 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from vit_jax.models import devices
+from vit_jax.models.devices import TOKENS
 
 # Bytes on the chip that a kernel may use: what every TPU since v4 gives without asking.
 LIMIT = 15 << 20
@@ -30,13 +31,43 @@ LANES, SUBLANES = 128, 16  # a tile of bfloat16 as it is stored
 _SCORES_HELD = 4  # float32 arrays of the size of a head's scores that are alive at once
 
 
-def why_not(tokens: int, head_width: int, dtype: str) -> str | None:
+def why_not(tokens: int, head_width: int) -> str | None:
     """A reason why the kernel cannot compute this attention, or None if it can."""
-    if dtype != "bfloat16":
-        return f"model.dtype is {dtype!r}, not 'bfloat16'"
     if _needed(1, tokens, head_width, biased=True) > LIMIT:
         return f"the scores of {tokens} tokens do not fit into the memory on the chip"
     return None
+
+
+@jax.custom_vjp
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """`forward`, differentiable, on the examples and heads that each device has."""
+    return _attention(q, k, v, bias)[0]
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> Any:
+    arrays = [*((x, TOKENS) for x in (q, k, v)), (bias, _axes_of(bias, q))]
+    (y,) = devices.on_each_device(forward, arrays, [TOKENS])
+    return y, (q, k, v, bias)
+
+
+def _gradients(saved: Any, g: jax.Array) -> Any:
+    *qkv, bias = saved
+    of_bias = _axes_of(bias, g)
+    arrays = [*((x, TOKENS) for x in (*qkv, g)), (bias, of_bias)]
+    results = [TOKENS] * 3 + [of_bias] * (bias is not None)
+    each = functools.partial(backward, shared="shared" in of_bias)
+    dq, dk, dv, *db = devices.on_each_device(each, arrays, results)
+    return dq, dk, dv, db[0].astype(bias.dtype) if db else None
+
+
+def _axes_of(bias: jax.Array | None, q: jax.Array) -> devices.Axes:
+    """Those of a (1 or B, k, T, T) bias; of None, nothing."""
+    if bias is None:
+        return ()
+    return "examples" if len(bias) == len(q) else "shared", "heads", "queries", "keys"
+
+
+attention.defvjp(_attention, _gradients)
 
 
 def forward(
@@ -162,17 +193,9 @@ def _weights(
     return weights, weights.sum(axis=0, keepdims=True)
 
 
-def _forward(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    *refs: Any,
-    heads: int,
-    scale: float,
-    biased: bool,
-    shared: bool,
-) -> None:
-    bias_ref, y_ref = refs if biased else (None, *refs)
+def _forward(*refs: Any, heads: int, scale: float, biased: bool, shared: bool) -> None:
+    q_ref, k_ref, v_ref, *rest = refs
+    bias_ref, y_ref = rest if biased else (None, *rest)
 
     def head(h: jax.Array, _: None) -> None:
         bias = bias_ref[h] if biased else None
@@ -183,18 +206,9 @@ def _forward(
     lax.fori_loop(0, heads, head, None)
 
 
-def _backward(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    g_ref: Any,
-    *refs: Any,
-    heads: int,
-    scale: float,
-    biased: bool,
-    shared: bool,
-) -> None:
-    bias_ref, dq_ref, dk_ref, dv_ref, db_ref = refs if biased else (None, *refs, None)
+def _backward(*refs: Any, heads: int, scale: float, biased: bool, shared: bool) -> None:
+    q_ref, k_ref, v_ref, g_ref, *rest = refs
+    bias_ref, dq_ref, dk_ref, dv_ref, db_ref = rest if biased else (None, *rest, None)
     if biased and shared:
 
         @pl.when(pl.program_id(1) == 0)
