@@ -15,7 +15,7 @@ tables when shrinking). So each method has a name:
   geometric          the same points, joined by straight lines: what timm does
 
 Each is a linear map of rows and one of columns, so a resize is two small matrix products: in
-float64 for NumPy arrays, and inside a program, where gradients pass through it, in float32.
+float64, and inside a program, where gradients pass through it, in float32.
 Grids are (rows, columns); what decides whether to resize is the grid, not the number
 of tokens: 14 x 14 and 7 x 28 are both 196.
 """
@@ -158,7 +158,8 @@ def resize_grid(table: Array, old: Grid, new: Grid, method: str = "corner") -> A
     if old == new:
         return table
     rows, columns = METHODS[method](old[0], new[0]), METHODS[method](old[1], new[1])
-    if isinstance(table, jax.Array):
+    grid: Any
+    if isinstance(table, jax.core.Tracer):
         grid = table.astype(jnp.float32).reshape(*old, -1)
         product = functools.partial(jnp.einsum, precision="highest")
         rows, columns = rows.astype(np.float32), columns.astype(np.float32)
@@ -191,7 +192,7 @@ def resize_relative(table: Array, old: Grid, new: Grid, method: str) -> Array:
 
 
 def _joined(parts: list[Any], axis: int) -> Any:
-    join = jnp.concatenate if isinstance(parts[0], jax.Array) else np.concatenate
+    join = jnp.concatenate if isinstance(parts[0], jax.core.Tracer) else np.concatenate
     return join(parts, axis=axis)
 
 
