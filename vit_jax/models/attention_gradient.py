@@ -61,12 +61,12 @@ def _forwards(
 
 
 def _backwards(form: str, saved: Any, g: jax.Array) -> Any:
-    *most, bias = saved
+    q, k, v, y, log_total, bias = saved
     if form == "parts":
-        arrays = [(x, ROWS if x.ndim == 3 else TOKENS) for x in (*most, g)]
+        arrays = [(x, ROWS if x.ndim == 3 else TOKENS) for x in (q, k, v, y, log_total, g)]
         backward = functools.partial(by_parts, lambda *arrays: _backward(*arrays)[:3])
         return *devices.on_each_device(backward, arrays, [TOKENS] * 3), None
-    *to_qkv, to_scores = _backward(*most, g, bias)
+    *to_qkv, to_scores = _backward(q, k, v, y, log_total, g, bias)
     if bias is None:
         return *to_qkv, None
     shared = tuple(i for i, size in enumerate(bias.shape) if size != to_scores.shape[i])
