@@ -1,5 +1,7 @@
 """Learning, measuring and predicting several labels of an image."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -108,7 +110,7 @@ def test_evaluate_tells_every_class(data, run):
     assert table[-1].startswith("at threshold 0.3: precision ")
     # A part of the classes, in another order.
     hot = source.labels[:, [2, 0]]
-    part = catalog.dataclasses.replace(source, labels=hot, class_names=("top", "dark"))
+    part = dataclasses.replace(source, labels=hot, class_names=("top", "dark"))
     fits = accuracy.head_fits(model, part.class_names, "x", False)
     found = accuracy.evaluate_trained(model, part, 8, sharding.make_mesh(), fits)
     expected = average_precision_score(hot, logits[:, [2, 0]], average="macro")

@@ -149,8 +149,8 @@ def test_what_cannot_be_obeyed_is_refused_where_images_are_prepared(tmp_path, ch
     assert any(reason in note and "not prepared as published" in note for note in found.notes)
     model = trained.load_any(str(tmp_path), "last", None)
     with pytest.raises(UserError, match=re.escape(reason)):
-        trained._prepared(model, None, None)
-    told = trained._prepared(model, "resize", "inception")
+        trained.with_preprocessing(model, None, None)
+    told = trained.with_preprocessing(model, "resize", "inception")
     assert told.config.data.eval_transform == "resize"
 
 

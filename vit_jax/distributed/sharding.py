@@ -237,7 +237,7 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
 def seeing(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, to be jitted, with a mesh that the network sees when it is traced.
 
-    There it pins its activations (`layers.split_by_example`). By default XLA may shard them
+    There it pins its activations (`devices.split_by_example`). By default XLA may shard them
     like the weights instead, and exchange activations where it should gather weights.
     """
 
