@@ -15,8 +15,9 @@ LONG = "--config.total_steps=100000"
 # Training whose saves take two seconds longer.
 SLOW = """
 import time
-from vit_jax import cli, train
+from vit_jax import train
 from vit_jax.checkpoints import digests
+from vit_jax.command_line import cli
 write = digests.write
 digests.write = lambda *given: (time.sleep(2), write(*given))
 cli.run(train.main, train.define_flags)
