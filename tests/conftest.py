@@ -1,7 +1,9 @@
 """Every test runs on eight fake CPU devices, so that sharding is never a special case."""
 
 import atexit
+import fcntl
 import gc
+import json
 import os
 import shutil
 import tempfile
@@ -47,3 +49,23 @@ def few_programs_in_memory() -> Iterator[None]:
 
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory) -> tuple[Path, dict[str, float]]:
+    """A finished run of `tests.tiny_config.tiny()`: its work directory and last metrics.
+
+    Made once for all workers of pytest-xdist. Whoever changes anything in it copies it first.
+    """
+    from tests.tiny_config import tiny
+    from vit_jax.training import trainer
+
+    shared = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        shared = shared.parent
+    workdir, metrics = shared / "tiny_run", shared / "tiny_run.json"
+    with (shared / "tiny_run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not metrics.exists():
+            metrics.write_text(json.dumps(trainer.train(tiny(), workdir)))
+    return workdir, json.loads(metrics.read_text())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_doors import assert_one_sentence, run
+from tests.commands import assert_one_sentence, call, run
 from tests.tiny_config import tiny
 from vit_jax import convert
 from vit_jax.checkpoints import trained
@@ -21,10 +21,8 @@ MESH = sharding.make_mesh()
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("trained")
-    trainer.train(tiny(), workdir)
-    return workdir
+def workdir(tiny_run, tmp_path_factory):
+    return shutil.copytree(tiny_run[0], tmp_path_factory.mktemp("trained") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +36,7 @@ def pictures(tmp_path_factory):
 
 def predictions(tmp_path, pictures, *model):
     output = tmp_path / "predictions.jsonl"
-    result = run("predict", *model, "--topk=10", f"--output={output}", pictures)
+    result = call("predict", *model, "--topk=10", f"--output={output}", pictures)
     assert result.returncode == 0, result.stderr
     records = [json.loads(line) for line in output.read_text().splitlines()]
     return [{p["class"]: p["probability"] for p in r["predictions"]} for r in records]
@@ -55,7 +53,7 @@ def predictions(tmp_path, pictures, *model):
 )
 def test_every_format_predicts_the_same(workdir, pictures, tmp_path, name, flags):
     destination = tmp_path / name
-    result = run("convert", workdir, destination, *flags)
+    result = (run if name == "model.npz" else call)("convert", workdir, destination, *flags)
     assert result.returncode == 0, result.stderr
     for line in ("family     vit_jax", "images     8x8x1, 2x2 patches of 4", "classes    10"):
         assert line in result.stdout
@@ -68,7 +66,7 @@ def test_every_format_predicts_the_same(workdir, pictures, tmp_path, name, flags
 
 def test_another_size_and_head(workdir, tmp_path):
     destination = tmp_path / "large.npz"
-    result = run("convert", workdir, destination, "--image_size=16x24", "--num_classes=3")
+    result = call("convert", workdir, destination, "--image_size=16x24", "--num_classes=3")
     assert result.returncode == 0, result.stderr
     assert "changed    position embeddings from 2x2 to 4x6 patches (corner)" in result.stdout
     assert "changed    head: zero-initialised, 3 classes" in result.stdout
@@ -91,14 +89,14 @@ def test_a_crop_keeps_its_share_at_another_size(tmp_path, form, name):
     config.data.eval_transform = "resize_shorter(10, method='bicubic')|center_crop"
     trainer.train(config, tmp_path / "run")
     flags = ["--image_size=16", f"--format={form}"]
-    result = run("convert", tmp_path / "run", tmp_path / name, *flags)
+    result = call("convert", tmp_path / "run", tmp_path / name, *flags)
     assert result.returncode == 0, result.stderr
     transform = "resize_shorter(20, method='bicubic')|center_crop"
     assert f"changed    evaluation transform: {transform}" in result.stdout
     again = trained.load_any(str(tmp_path / name), "last", MESH)
     assert again.config.data.eval_transform == transform
     Image.fromarray(np.zeros((30, 20), np.uint8)).save(tmp_path / "picture.png")
-    result = run("predict", f"--checkpoint={tmp_path / name}", tmp_path / "picture.png")
+    result = call("predict", f"--checkpoint={tmp_path / name}", tmp_path / "picture.png")
     assert result.returncode == 0, result.stderr
 
 
@@ -106,7 +104,7 @@ def test_half_precision_halves_the_file(workdir, tmp_path):
     sizes = []
     for dtype in ("float32", "bfloat16"):
         destination = tmp_path / f"{dtype}.safetensors"
-        result = run("convert", workdir, destination, f"--dtype={dtype}")
+        result = call("convert", workdir, destination, f"--dtype={dtype}")
         assert result.returncode == 0, result.stderr
         sizes.append(destination.stat().st_size)
     assert 0.45 < sizes[1] / sizes[0] < 0.6
@@ -138,15 +136,15 @@ def test_a_damaged_export_is_refused_by_every_door(workdir, tmp_path):
             trained.load_any(name, which, MESH)
     with pytest.raises(UserError, match="is damaged"):
         trainer.train(tiny(init_from=name), tmp_path / "run")
-    assert_one_sentence(run("evaluate", f"--workdir={name}", "--verify"), "1 of 1 checkpoints")
+    assert_one_sentence(call("evaluate", f"--workdir={name}", "--verify"), "1 of 1 checkpoints")
 
 
 def test_nothing_is_overwritten_without_force(workdir, tmp_path):
     destination = tmp_path / "model.npz"
     destination.write_text("precious")
-    assert_one_sentence(run("convert", workdir, destination), str(destination), "--force")
+    assert_one_sentence(call("convert", workdir, destination), str(destination), "--force")
     assert destination.read_text() == "precious"
-    assert run("convert", workdir, destination, "--force").returncode == 0
+    assert call("convert", workdir, destination, "--force").returncode == 0
     assert destination.stat().st_size > 1000
 
 
@@ -155,7 +153,7 @@ def test_a_failed_conversion_leaves_nothing_behind(workdir, tmp_path):
     config.model.registers = 2
     trainer.train(config, tmp_path / "run")
     destination = tmp_path / "out" / "model.npz"
-    assert_one_sentence(run("convert", tmp_path / "run", destination), "registers")
+    assert_one_sentence(call("convert", tmp_path / "run", destination), "registers")
     assert not destination.exists()
     assert list(destination.parent.iterdir()) == []
 
@@ -177,7 +175,7 @@ def test_a_failed_conversion_leaves_nothing_behind(workdir, tmp_path):
 )
 def test_errors(workdir, tmp_path, arguments, parts):
     places = {"W": workdir, "D": tmp_path / "D", "D.npz": tmp_path / "D.npz"}
-    result = run("convert", *(places.get(a, a) for a in arguments))
+    result = call("convert", *(places.get(a, a) for a in arguments))
     assert_one_sentence(result, *parts)
     assert list(tmp_path.iterdir()) == []
 
@@ -192,13 +190,13 @@ def test_sizes():
 def test_a_model_without_a_head_does_not_predict(workdir, pictures, tmp_path):
     destination = tmp_path / "export"
     assert (
-        run("convert", workdir, destination, "--format=vit_jax", "--num_classes=0").returncode
+        call("convert", workdir, destination, "--format=vit_jax", "--num_classes=0").returncode
         == 0
     )
-    result = run("predict", f"--checkpoint={destination}", pictures)
+    result = call("predict", f"--checkpoint={destination}", pictures)
     assert_one_sentence(result, "no head to predict with")
     vectors = tmp_path / "vectors.npy"
-    result = run("embed", f"--checkpoint={destination}", f"--output={vectors}", pictures)
+    result = call("embed", f"--checkpoint={destination}", f"--output={vectors}", pictures)
     assert result.returncode == 0, result.stderr
     assert np.load(vectors).shape == (5, 32)
     shutil.rmtree(destination)

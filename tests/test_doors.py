@@ -1,11 +1,9 @@
 """The commands as a person runs them: output, files, one-sentence errors, exit codes."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet
@@ -13,25 +11,13 @@ import pytest
 from PIL import Image
 
 from tests.campaign import runs
-from tests.tiny_config import tiny
-from vit_jax.training import trainer
+from tests.commands import TINY, assert_one_sentence, call, names_of_flags, run
 from vit_jax.training.logging import read_metrics
-
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "tests" / "tiny_config.py"
-
-
-def run(door, *arguments, before=()):
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [*before, sys.executable, "-m", f"vit_jax.{door}", *map(str, arguments)]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("digits")
-    trainer.train(tiny(), workdir)
-    return workdir
+def workdir(tiny_run, tmp_path_factory):
+    return shutil.copytree(tiny_run[0], tmp_path_factory.mktemp("digits") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +30,6 @@ def pictures(tmp_path_factory):
             pixels = rng.integers(level - 30, level + 30, (20 + i, 30, 3), np.uint8)
             Image.fromarray(pixels).save(root / name / f"{i}.{'jpg' if i % 2 else 'png'}")
     return root
-
-
-def assert_one_sentence(result, *parts):
-    """Exit code 1, no traceback, nothing but `error: ...` in which all parts occur."""
-    assert result.returncode == 1, result
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: "), result.stderr
-    assert "Traceback" not in result.stderr
-    for part in parts:
-        assert part in last, last
 
 
 # --- evaluate -----------------------------------------------------------------------------
@@ -91,8 +67,8 @@ def test_evaluate_what_may_only_be_read_says_so_and_writes_nothing(workdir, tmp_
 
 
 def test_evaluate_another_split_checkpoint_and_batch_size(workdir):
-    result = run(
-        "evaluate", f"--workdir={workdir}", "--split=train[:77]", "--batch_size=10", "--step=20"
+    result = call(
+        "evaluate", f"--workdir={workdir}", "--split=train[:77]", "--batch_size=16", "--step=20"
     )
     assert result.returncode == 0, result.stderr
     assert "count 77  (digits train[:77], step 20)" in result.stdout
@@ -124,7 +100,7 @@ def test_predict_reports_and_skips_what_it_cannot_read(workdir, pictures, tmp_pa
         shutil.copy(pictures / "dark" / f"{i}.jpg", tmp_path)
     broken = tmp_path / "1.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    result = run("predict", f"--workdir={workdir}", tmp_path)
+    result = call("predict", f"--workdir={workdir}", tmp_path)
     assert_one_sentence(result, "1 of 2 images could not be read")
     assert str(broken) in result.stderr
     assert len(result.stdout.splitlines()) == 1
@@ -136,7 +112,7 @@ def test_predict_reports_and_skips_what_it_cannot_read(workdir, pictures, tmp_pa
 def test_embed_writes_one_unit_vector_a_row_in_every_format(workdir, pictures, tmp_path):
     for ending in ("npz", "npy", "parquet"):
         output = tmp_path / f"out.{ending}"
-        result = run(
+        result = call(
             "embed", f"--workdir={workdir}", f"--output={output}", "--batch_size=8", pictures
         )
         assert result.returncode == 0, result.stderr
@@ -153,7 +129,7 @@ def test_embed_writes_one_unit_vector_a_row_in_every_format(workdir, pictures, t
     np.testing.assert_array_equal(np.stack(table["embedding"].to_numpy()), vectors)
     # Alone in its batch or among others, an image has the same vector.
     one = tmp_path / "one.npy"
-    run("embed", f"--workdir={workdir}", f"--output={one}", "--batch_size=8", names[13])
+    call("embed", f"--workdir={workdir}", f"--output={one}", "--batch_size=8", names[13])
     np.testing.assert_allclose(np.load(one), vectors[13:14], atol=1e-6)
     assert not list(tmp_path.glob("*.part*"))
 
@@ -191,7 +167,7 @@ def test_own_images_from_folder_to_prediction(pictures, tmp_path):
     result = run("train", f"--config={TINY}", f"--workdir={tmp_path}", *overrides)
     assert result.returncode == 0, result.stderr
     assert "2 classes" in result.stdout
-    result = run("predict", f"--workdir={tmp_path}", "--topk=1", pictures)
+    result = call("predict", f"--workdir={tmp_path}", "--topk=1", pictures)
     hits = [
         line.split(": ")[0].split("/")[-2] in line.split(": ")[1]
         for line in result.stdout.splitlines()
@@ -203,7 +179,7 @@ def test_a_truncated_image_stops_training_with_its_name(pictures, tmp_path):
     root = shutil.copytree(pictures, tmp_path / "pictures")
     broken = root / "dark" / "3.jpg"
     broken.write_bytes(broken.read_bytes()[:300])
-    result = run(
+    result = call(
         "train",
         f"--config={TINY}",
         f"--workdir={tmp_path / 'run'}",
@@ -238,18 +214,18 @@ def test_a_truncated_image_stops_training_with_its_name(pictures, tmp_path):
 def test_train_errors(arguments, parts, tmp_path):
     if not any(a.startswith("--workdir") for a in arguments) and arguments:
         arguments = [f"--config={TINY}", f"--workdir={tmp_path / 'run'}", *arguments]
-    assert_one_sentence(run("train", *arguments), *parts)
+    assert_one_sentence((call if arguments else run)("train", *arguments), *parts)
 
 
 def test_an_empty_class_folder_is_named(pictures, tmp_path):
     root = shutil.copytree(pictures, tmp_path / "pictures")
     (root / "empty").mkdir()
     overrides = [f"--config.data.source=folder:{root}", f"--workdir={tmp_path / 'run'}"]
-    assert_one_sentence(run("train", f"--config={TINY}", *overrides), str(root / "empty"))
+    assert_one_sentence(call("train", f"--config={TINY}", *overrides), str(root / "empty"))
 
 
 def test_the_work_directory_of_another_model_is_refused(workdir):
-    result = run("train", f"--config={TINY}", f"--workdir={workdir}", "--config.model.depth=3")
+    result = call("train", f"--config={TINY}", f"--workdir={workdir}", "--config.model.depth=3")
     assert_one_sentence(result, str(workdir), "model.depth=2, not 3")
 
 
@@ -275,7 +251,7 @@ def test_errors_of_other_doors(door, arguments, parts, workdir, pictures):
     arguments = [places.get(a, a) for a in arguments]
     if "--data" in " ".join(arguments):
         arguments.append("--split=val")
-    assert_one_sentence(run(door, *arguments), *parts)
+    assert_one_sentence(call(door, *arguments), *parts)
 
 
 @pytest.mark.parametrize(
@@ -291,9 +267,13 @@ def test_errors_of_other_doors(door, arguments, parts, workdir, pictures):
     ],
 )
 def test_help_names_every_flag(door, flags):
-    result = run(door, "--help")
-    for flag in flags:
-        assert flag in result.stdout.replace("--[no]", "--")
+    assert {f"--{name}" for name in names_of_flags(door)} >= set(flags)
+
+
+def test_help_shows_flags():
+    shown = run("train", "--help").stdout.replace("--[no]", "--")
+    for name in names_of_flags("train"):
+        assert f"--{name}" in shown
 
 
 def test_importing_needs_neither_tensorflow_nor_torch():

@@ -2,16 +2,13 @@
 
 import io
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.commands import assert_one_sentence, call, run
 from tests.tiny_config import tiny
 from vit_jax.checkpoints import trained
 from vit_jax.data.sources import catalog
@@ -20,14 +17,6 @@ from vit_jax.distributed import sharding
 from vit_jax.evaluation import accuracy, features, few_shot, knn, probes
 from vit_jax.models import registry
 from vit_jax.system.errors import UserError
-
-ROOT = Path(__file__).parent.parent
-
-
-def run(*arguments):
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "vit_jax.evaluate", *map(str, arguments)]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
 
 
 def untrained(num_classes):
@@ -64,6 +53,7 @@ def test_probes_are_printed_and_saved_beside_the_accuracy(tmp_path):
     model = untrained(10)
     trained.export(model, tmp_path / "run")
     result = run(
+        "evaluate",
         f"--workdir={tmp_path / 'run'}",
         "--step=best",
         "--few_shot=5,1",
@@ -109,7 +99,8 @@ def test_probes_are_printed_and_saved_beside_the_accuracy(tmp_path):
 
 def test_a_model_without_a_head_is_probed_and_only_that(tmp_path):
     trained.export(untrained(0), tmp_path / "model")
-    result = run(
+    result = call(
+        "evaluate",
         f"--checkpoint={tmp_path / 'model'}",
         "--few_shot=200",
         "--seeds=0",
@@ -123,10 +114,8 @@ def test_a_model_without_a_head_is_probed_and_only_that(tmp_path):
 
 
 def test_numbers_that_cannot_be_used():
-    result = run("--workdir=nowhere", "--few_shot=5,x")
-    assert result.returncode == 1
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: --few_shot is '5,x': use whole numbers, at least 1")
+    result = call("evaluate", "--workdir=nowhere", "--few_shot=5,x")
+    assert_one_sentence(result, "--few_shot is '5,x': use whole numbers, at least 1")
 
 
 # --- What it rests on ---------------------------------------------------------------------

@@ -4,10 +4,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -16,6 +13,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from tests.commands import TINY, assert_one_sentence, call, run
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
 from vit_jax.distributed import sharding
@@ -33,7 +31,6 @@ from vit_jax.training.optimizer import make_optimizer
 from vit_jax.training.program import build_learning
 
 ROOT = Path(__file__).parent.parent
-TINY = "tests/tiny_config.py"
 FOUR = jax.devices()[:4]
 HERE = Target("four devices", FOUR, None, (), None)
 LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -548,25 +545,14 @@ def test_a_device_with_too_little_memory():
 # --- The command --------------------------------------------------------------------------
 
 
-def run(*arguments):
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+def plan(*arguments, how=run):
     plain = ("--config.data.mixup=0", "--config.model.stochastic_depth=0")
-    command = [sys.executable, "-m", "vit_jax.plan", f"--config={TINY}", *plain, *arguments]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-
-
-def assert_one_sentence(result, *parts):
-    assert result.returncode == 1, result
-    assert "Traceback" not in result.stderr
-    last = result.stderr.strip().splitlines()[-1]
-    assert last.startswith("error: "), result.stderr
-    for part in parts:
-        assert part in last, last
+    return how("plan", f"--config={TINY}", *plain, *arguments)
 
 
 def test_the_command_plans_for_this_machine(tmp_path):
     output = tmp_path / "plan.json"
-    result = run("--per_device_batch=4", f"--output={output}")
+    result = plan("--per_device_batch=4", f"--output={output}")
     assert result.returncode == 0, result.stderr
     assert "compiling" in result.stderr.splitlines()[-1]  # said before it is done
     stored = json.loads(output.read_text())
@@ -578,8 +564,12 @@ def test_the_command_plans_for_this_machine(tmp_path):
 
 
 def test_a_search_without_a_limit_and_a_mesh_that_does_not_fit():
-    assert_one_sentence(run("--search"), "--search needs devices whose memory is known")
-    assert_one_sentence(run("--config.mesh.fsdp=3"), "config.mesh is data=-1, fsdp=3, tensor=1")
+    assert_one_sentence(
+        plan("--search", how=call), "--search needs devices whose memory is known"
+    )
+    assert_one_sentence(
+        plan("--config.mesh.fsdp=3", how=call), "config.mesh is data=-1, fsdp=3, tensor=1"
+    )
 
 
 needs_libtpu = pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install 'vit_jax[tpu]'")
@@ -589,7 +579,7 @@ needs_libtpu = pytest.mark.skipif(not LIBTPU, reason="needs libtpu: pip install 
 def test_tpus_that_are_not_there(tmp_path):
     output = tmp_path / "plan.json"
     small = ("--topology=v5e:2x2", "--config.mesh.fsdp=4", f"--output={output}")
-    result = run(*small, "--per_device_batch=16", "--config.model.dtype=bfloat16")
+    result = plan(*small, "--per_device_batch=16", "--config.model.dtype=bfloat16")
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r"compiling .*\n", result.stderr)  # libtpu says nothing
     stored = json.loads(output.read_text())
@@ -602,7 +592,7 @@ def test_tpus_that_are_not_there(tmp_path):
 
 @needs_libtpu
 def test_a_batch_that_no_tpu_holds():
-    result = run("--topology=v5e:2x2", "--per_device_batch=16777216")
+    result = plan("--topology=v5e:2x2", "--per_device_batch=16777216")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert result.stdout.splitlines()[-1].startswith("does not fit: mu/4 with 16777216 ")
@@ -610,7 +600,7 @@ def test_a_batch_that_no_tpu_holds():
 
 @needs_libtpu
 def test_a_slice_that_does_not_exist():
-    assert_one_sentence(run("--topology=v5e:3x5"), "--topology=v5e:3x5", "such as v5e:4x4")
+    assert_one_sentence(plan("--topology=v5e:3x5"), "--topology=v5e:3x5", "such as v5e:4x4")
 
 
 @needs_libtpu

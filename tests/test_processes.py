@@ -16,12 +16,12 @@ import jax
 import numpy as np
 import pytest
 
-from tests.test_train import TINY, assert_same_run, final_state, metrics
+from tests.commands import ROOT, TINY, environment
+from tests.test_train import assert_same_run, final_state, metrics
 from vit_jax.command_line import process_flags
 from vit_jax.distributed import processes
 from vit_jax.system.errors import UserError
 
-ROOT = Path(__file__).parent.parent
 STEPS = 24
 SHORT = [
     f"--config.total_steps={STEPS}",
@@ -39,11 +39,9 @@ def free_port():
 
 def as_started(devices=1):
     """How each process is started."""
-    environment = dict(
-        os.environ, XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}"
-    )
     pipe = subprocess.PIPE
-    return {"cwd": ROOT, "env": environment, "text": True, "stdout": pipe, "stderr": pipe}
+    own = environment(devices, optimized=False)
+    return {"cwd": ROOT, "env": own, "text": True, "stdout": pipe, "stderr": pipe}
 
 
 def start(workdir, count, *flags, devices=1, of=None, door="train", code=None):

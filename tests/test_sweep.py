@@ -4,13 +4,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests import commands
 from tests.tiny_config import tiny
 from vit_jax import config as configuration
 from vit_jax.distributed import sharding
@@ -18,8 +16,6 @@ from vit_jax.system.errors import UserError
 from vit_jax.training import grid, trainer
 from vit_jax.training.logging import read_metrics
 from vit_jax.training.reporting import Diverged
-
-ROOT = Path(__file__).parent.parent
 
 
 def swept(**fields):
@@ -103,18 +99,15 @@ def test_stopped_in_the_second_run_it_goes_on_to_the_same_end(finished, tmp_path
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def door(tmp_path, workdir, *arguments):
+def door(how, tmp_path, workdir, *arguments):
     config = tmp_path / "config.py"
-    config.write_text("from tests.test_sweep import grid as get_config\n")
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "vit_jax.sweep", f"--config={config}"]
-    command += [f"--workdir={workdir}", *arguments]
-    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    config.write_text("from tests.test_sweep import swept as get_config\n")
+    return how("sweep", f"--config={config}", f"--workdir={workdir}", *arguments)
 
 
 def test_the_door_prints_the_table_and_the_test_result(finished, tmp_path):
     workdir, record = finished
-    result = door(tmp_path, workdir, "--config.sweep.lr=(0.00001, 0.01)")
+    result = door(commands.run, tmp_path, workdir, "--config.sweep.lr=(0.00001, 0.01)")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert "accuracy on train[90%:]:" in lines
@@ -126,7 +119,7 @@ def test_the_door_prints_the_table_and_the_test_result(finished, tmp_path):
 
 
 def test_the_door_says_in_one_sentence_that_there_is_nothing_to_try(tmp_path):
-    result = door(tmp_path, tmp_path / "new", "--config.sweep.lr=()")
+    result = door(commands.call, tmp_path, tmp_path / "new", "--config.sweep.lr=()")
     assert result.returncode == 1
     [line] = result.stderr.strip().splitlines()
     assert line.startswith("error: config.sweep has no values to try: set e.g. --config.sweep")
@@ -150,7 +143,9 @@ def test_a_run_with_damaged_states_only_begins_anew_where_that_is_asked_for(fini
 
 
 def test_the_door_has_the_remedies_of_training(finished, tmp_path):
-    result = door(tmp_path, finished[0], "--begin_anew")  # where nothing is damaged
+    result = door(
+        commands.call, tmp_path, finished[0], "--begin_anew"
+    )  # where nothing is damaged
     assert result.returncode == 0, result.stderr
 
 

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from tests.campaign.bit_flips import forget_digests
+from tests.commands import TINY, environment
 from tests.interop import tiny_models
 from tests.tiny_config import LONG, TOTAL, tiny
 from vit_jax import config as configuration
@@ -32,9 +32,6 @@ from vit_jax.training import begin, loop, trainer
 from vit_jax.training.logging import read_metrics
 from vit_jax.training.reporting import Diverged
 from vit_jax.training.run import build
-
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "tests" / "tiny_config.py"
 
 
 def final_state(workdir):
@@ -65,10 +62,9 @@ def assert_same_run(workdir, reference):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("finished")
-    result = trainer.train(tiny(), workdir)
-    return workdir, result
+def finished(tiny_run, tmp_path_factory):
+    workdir, result = tiny_run
+    return shutil.copytree(workdir, tmp_path_factory.mktemp("finished") / "run"), result
 
 
 def test_a_run_leaves_everything_it_promises(finished):
@@ -245,7 +241,7 @@ def test_a_card_tells_the_data_of_the_run_and_so_does_the_first_page(finished, c
             "examples": n,
             "fingerprint": fingerprint(catalog.load("digits", name)),
         }
-        assert f"({fingerprint})" in page
+        assert f"({data[split]['fingerprint']})" in page
 
 
 @pytest.mark.parametrize(
@@ -425,13 +421,11 @@ def command(workdir, *extra):
     ]
 
 
-def environment():
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-
-
 def start(workdir):
     pipe = subprocess.PIPE
-    return subprocess.Popen(command(workdir), env=environment(), stdout=pipe, stderr=pipe)
+    return subprocess.Popen(
+        command(workdir), env=environment(optimized=False), stdout=pipe, stderr=pipe
+    )
 
 
 def last_step(workdir):
@@ -452,7 +446,9 @@ def wait_for_step(workdir, step, process):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed")
-    subprocess.run(command(workdir), env=environment(), check=True, capture_output=True)
+    subprocess.run(
+        command(workdir), env=environment(optimized=False), check=True, capture_output=True
+    )
     return workdir
 
 
@@ -476,5 +472,7 @@ def test_killed_at_three_random_steps_the_end_is_bit_identical(undisturbed, tmp_
             assert process.returncode == 0, errors
             assert b"stopped by a signal" in output
         assert b"Traceback" not in errors, errors
-    subprocess.run(command(tmp_path), env=environment(), check=True, capture_output=True)
+    subprocess.run(
+        command(tmp_path), env=environment(optimized=False), check=True, capture_output=True
+    )
     assert_same_run(tmp_path, undisturbed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_doors import assert_one_sentence, run
+from tests.commands import assert_one_sentence, call, run
 from tests.tiny_config import tiny
 from vit_jax.analysis import figures
 from vit_jax.checkpoints import trained
@@ -203,4 +203,4 @@ def test_the_command_with_an_export_and_a_broken_image(pictures, tmp_path):
 
 
 def test_the_command_says_what_is_missing():
-    assert_one_sentence(run("visualize", "--workdir=X"), "--output is missing")
+    assert_one_sentence(call("visualize", "--workdir=X"), "--output is missing")

@@ -5,7 +5,7 @@ As a configuration file it is a longer run, so that there is time to kill it.
 
 from vit_jax import config as configuration
 
-TOTAL, LONG = 24, 80
+TOTAL, LONG = 24, 48
 
 
 def tiny(**fields):

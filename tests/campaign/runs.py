@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tests import commands
+from tests.commands import ROOT
 from tests.test_processes import free_port
-from tests.test_train import ROOT, metrics
+from tests.test_train import metrics
 from vit_jax.checkpoints import orbax_io
 
 CONFIG = ROOT / "tests" / "campaign" / "small_config.py"
@@ -64,19 +66,11 @@ class Run:
 
 def environment(room: Path) -> dict[str, str]:
     """Of one device; with programs compiled once, and without what takes long to import."""
-    without = room / "without"  # tensorboardX imports torch where there is one
-    without.mkdir(exist_ok=True)
-    (without / "torch.py").write_text('raise ImportError("not needed here")\n')
-    path = os.pathsep.join([str(without), str(ROOT), os.environ.get("PYTHONPATH", "")])
     return {
         "JAX_COMPILATION_CACHE_DIR": str(room / "compiled"),
-        **os.environ,
-        "PYTHONPATH": path,
+        **commands.environment(optimized=False),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "XLA_FLAGS": (
-            "--xla_force_host_platform_device_count=1 --xla_backend_optimization_level=0"
-        ),
     }
 
 

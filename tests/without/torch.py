@@ -1,0 +1,3 @@
+"""Stands in for torch in processes that do not need it; tensorboardX would import it."""
+
+raise ImportError("not needed here")
