@@ -32,8 +32,39 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Files that take longest. With `--dist=loadfile --no-loadscope-reorder` workers get files in this
+# order: the last ones are then short, and no worker waits long for another.
+LONGEST_FIRST = (
+    "test_train.py",
+    "test_processes.py",
+    "test_configs.py",
+    "test_precision.py",
+    "test_vit.py",
+    "test_interop.py",
+    "test_convert.py",
+    "test_doors.py",
+    "test_sweep.py",
+    "test_pipeline.py",
+    "test_paper_configs.py",
+    "test_plan.py",
+    "test_adapt.py",
+    "test_sharding.py",
+    "test_step.py",
+    "test_train_objectives.py",
+    "test_benchmarks.py",
+    "test_damage.py",
+    "test_evaluate_probes.py",
+    "test_positions.py",
+    "test_attention_kernels.py",
+)
+
 MAPS = Path("/proc/self/maps")  # of Linux
 MOST_MAPS = 20_000
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -75,7 +75,7 @@ def test_errors_of_open_files_get_their_name(tmp_path):
 
 CODE = """
 import sys
-from vit_jax import cli
+from vit_jax.command_line import cli
 def main(arguments):
     {}
 cli.run(main, lambda: None)
