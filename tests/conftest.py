@@ -19,6 +19,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         # Most of the time goes into compiling programs that run for a moment: without LLVM's
         # optimisations it is a third less.
         "--xla_backend_optimization_level=0",
+        # The newer code generator, by MLIR, takes as long again.
+        "--xla_cpu_use_fusion_emitters=false",
     ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
