@@ -34,8 +34,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-# Files that take longest. With `--dist=loadfile --no-loadscope-reorder` workers get files in this
-# order: the last ones are then short, and no worker waits long for another.
+# Files that take longest. `--dist=loadfile --no-loadscope-reorder` gives them out
+# in this order: the last ones are short, and no worker waits long for another.
 LONGEST_FIRST = (
     "test_train.py",
     "test_processes.py",
