@@ -34,7 +34,7 @@ def environment(devices=1, optimized=True):
     """
     flags = [f"--xla_force_host_platform_device_count={devices}"]
     if not optimized:
-        flags += ["--xla_backend_optimization_level=0"]
+        flags += ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
     path = [str(ROOT / "tests" / "without"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     own = {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": os.pathsep.join(path)}
     return os.environ | own

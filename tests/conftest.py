@@ -19,6 +19,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         # Most of the time goes into compiling programs that run for a moment: without LLVM's
         # optimisations it is a third less.
         "--xla_backend_optimization_level=0",
+        # The newer code generator, by MLIR, takes as long again.
+        "--xla_cpu_use_fusion_emitters=false",
     ]
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -32,8 +34,39 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+# Files that take longest. `--dist=loadfile --no-loadscope-reorder` gives them out
+# in this order: the last ones are short, and no worker waits long for another.
+LONGEST_FIRST = (
+    "test_train.py",
+    "test_processes.py",
+    "test_configs.py",
+    "test_precision.py",
+    "test_vit.py",
+    "test_interop.py",
+    "test_convert.py",
+    "test_doors.py",
+    "test_sweep.py",
+    "test_pipeline.py",
+    "test_paper_configs.py",
+    "test_plan.py",
+    "test_adapt.py",
+    "test_sharding.py",
+    "test_step.py",
+    "test_train_objectives.py",
+    "test_benchmarks.py",
+    "test_damage.py",
+    "test_evaluate_probes.py",
+    "test_positions.py",
+    "test_attention_kernels.py",
+)
+
 MAPS = Path("/proc/self/maps")  # of Linux
 MOST_MAPS = 20_000
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
 @pytest.fixture(autouse=True, scope="module")
