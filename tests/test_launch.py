@@ -109,7 +109,7 @@ def test_the_sentences_that_scripts_look_for_are_what_training_says():
     assert f'"{STOPPED}"' in (ROOT / "vit_jax/training/trainer.py").read_text()
     assert "stopped by a signal, state saved" in (LAUNCH / "slurm.sh").read_text()
     code = (ROOT / "vit_jax/train.py").read_text()
-    assert re.search(r"print\(f\"\{name\} \{.*\} of \{.*\} examples\"\)", code)
+    assert re.search(r"say\(f\"\{.*\} \{.*\} of \{.*\} examples\"\)", code)
     assert " has died, so " in (ROOT / "vit_jax/distributed/processes.py").read_text()
     assert " has died, so " in (LAUNCH / "tpu_host.sh").read_text()
 

@@ -209,7 +209,8 @@ def compare_gradients(found, expected, tolerance):
     for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         assert a.dtype == jnp.float32
         difference = np.linalg.norm(np.subtract(a, b))
-        assert difference < tolerance * max(np.linalg.norm(b), 1e-3 * largest)
+        allowed = tolerance * max(np.linalg.norm(b), 1e-3 * largest)
+        assert difference < max(allowed, np.finfo(np.float32).eps * largest)
 
 
 WEIGHTS = normal(2, 4, 5)

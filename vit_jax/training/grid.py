@@ -176,8 +176,8 @@ def choose(runs: dict[str, Any]) -> str:
     finished = {name: run["metrics"] for name, run in runs.items() if "metrics" in run}
     if not finished:
         raise UserError(f"all of {', '.join(runs)} failed: add lower values to config.sweep.lr")
-    score = lambda name: (score(finished[name]), -finished[name]["eval/loss"])
-    return max(finished, key=score)
+    rank = lambda name: (score(finished[name]), -finished[name]["eval/loss"])
+    return max(finished, key=rank)
 
 
 def score_name(metrics: dict[str, Any]) -> str:
