@@ -247,10 +247,10 @@ def test_a_card_tells_the_data_of_the_run_and_so_does_the_first_page(finished, c
 @pytest.mark.parametrize(
     ("rows", "now"),
     [
-        (slice(1, None), "there are 1,436 in 'train' now: its batches"),
+        (slice(1, None), "there are 1,436 in 'train' now: the batches"),
         (
             np.append(np.arange(1, 1437), 0),
-            "there are 1,437 in 'train' now, with other names, labels or order: its batches",
+            "there are 1,437 in 'train' now, with other names, labels or order: the batches",
         ),
     ],
     ids=["removed", "reordered"],
@@ -264,8 +264,8 @@ def test_other_examples_to_train_on_are_refused_and_nothing_is_touched(
     with pytest.raises(UserError) as caught:
         trainer.train(tiny(), workdir)
     assert str(caught.value) == (
-        f"{workdir} was trained on 1,437 examples in 'train' of digits, and {now} would be "
-        f"others. Restore the data, or choose another --workdir"
+        f"{workdir} was trained on 1,437 examples in 'train' of digits, and {now} would not "
+        f"be those of the run. Restore the data, or choose another --workdir"
     )
     assert files_of(workdir) == before
 
