@@ -17,6 +17,7 @@ from vit_jax.distributed import sharding
 from vit_jax.evaluation import accuracy, predictions, ranking
 from vit_jax.system.errors import UserError
 from vit_jax.training import grid, trainer
+from vit_jax.training.run import build
 
 NAMES = ("dark", "left", "top")
 
@@ -135,7 +136,7 @@ def test_predict_shows_all_labels_from_a_threshold_on(data, run):
 
 
 def test_what_does_not_go_with_several_labels_is_refused(data):
-    def build(**fields):
+    def build_with(**fields):
         config = config_of(data)
         for path, value in fields.items():
             node, name = path.split("__")
@@ -145,11 +146,11 @@ def test_what_does_not_go_with_several_labels_is_refused(data):
     with pytest.raises(
         UserError, match=r"objective\.loss is 'softmax': set objective\.loss=sig"
     ):
-        build(objective__loss="softmax")
+        build_with(objective__loss="softmax")
     with pytest.raises(UserError, match=r"label_smoothing is 0\.1: set objective\.label_smoo"):
-        build(objective__label_smoothing=0.1)
+        build_with(objective__label_smoothing=0.1)
     with pytest.raises(UserError, match=r"few_shot\.shots is .* needs one label of each"):
-        build(few_shot__shots=(5,), few_shot__every_epochs=None, few_shot__every_steps=20)
+        build_with(few_shot__shots=(5,), few_shot__every_epochs=None, few_shot__every_steps=20)
 
 
 def test_mixing_mixes_the_targets(data):

@@ -277,7 +277,7 @@ def test_a_checkpoint_restores_on_another_mesh(tmp_path):
                 state = jax.jit(init, out_shardings=where)()
             else:
                 state = checkpoints.restore(abstract(shapes, where))
-            checkpoints.save(i, state, {"config": {}, "class_names": []})
+            checkpoints.save(i, state, {"config": {}, "class_names": [], "layout": 2})
         states[axes] = jax.device_get(state)
         jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or 1 / 0, state, where)
     for other in states.values():
