@@ -1,7 +1,7 @@
 """How the images of a run are opened, read and transformed: typed, and checked once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -43,18 +43,8 @@ class Reading:
 
     def eval_batches(self, source: Source, batch_size: int) -> Batches:
         """Every example once; see `pipeline.eval_batches`."""
-        return pipeline.eval_batches(
-            source,
-            transform=self.transform,
-            channels=self.channels,
-            batch_size=batch_size,
-            parts=self.parts,
-            part_count=self.part_count,
-            workers=self.workers,
-            threads=self.threads,
-            max_bad=self.max_bad,
-            bits=self.bits,
-        )
+        how = {field.name: getattr(self, field.name) for field in fields(Reading)}
+        return pipeline.eval_batches(source, batch_size=batch_size, **how)
 
     def rehearse(self, source: Source) -> None:
         """Reads one image of `source`. Raises UserError if none can be used."""
@@ -82,22 +72,7 @@ class TrainReading(Reading):
 
     def train_batches(self, source: Source, first_step: int = 0) -> Batches:
         """Endless batches from a step on; see `pipeline.train_batches`."""
-        return pipeline.train_batches(
-            source,
-            transform=self.transform,
-            channels=self.channels,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            views=self.views,
-            repeats=self.repeats,
-            first_step=first_step,
-            parts=self.parts,
-            part_count=self.part_count,
-            workers=self.workers,
-            threads=self.threads,
-            max_bad=self.max_bad,
-            bits=self.bits,
-        )
+        return pipeline.train_batches(source, first_step=first_step, **vars(self))
 
     def rehearse(self, source: Source) -> None:
         self._try(source, training=True)
@@ -122,51 +97,37 @@ def eval_reading(config: ConfigDict, mesh: Mesh | None = None) -> Reading:
     Raises:
       UserError: a field of `config.data` cannot be used.
     """
-    data, (parts, part_count) = config.data, _parts(mesh)
-    return Reading(
-        transform=_transform(config, data.eval_transform),
-        channels=data.channels,
-        bits=data.bits,
-        max_bad=_max_bad(data),
-        workers=data.workers,
-        threads=data.threads,
-        parts=parts,
-        part_count=part_count,
-    )
+    return _reading(config, config.data.eval_transform, mesh)
 
 
 def train_reading(
     config: ConfigDict, mesh: Mesh | None = None, views: Mapping[str, Views] | None = None
 ) -> TrainReading:
     """How a configuration has images read for training; as `eval_reading`."""
-    data, (parts, part_count) = config.data, _parts(mesh)
+    base = _reading(config, config.data.train_transform, mesh)
     return TrainReading(
-        transform=_transform(config, data.train_transform),
-        channels=data.channels,
-        bits=data.bits,
-        max_bad=_max_bad(data),
-        workers=data.workers,
-        threads=data.threads,
-        parts=parts,
-        part_count=part_count,
+        **vars(base),
         batch_size=config.batch_size,
         seed=config.seed,
-        repeats=data.repeats,
+        repeats=config.data.repeats,
         views=views or {},
     )
 
 
-def _transform(config: ConfigDict, spec: str) -> Transform:
+def _reading(config: ConfigDict, spec: str, mesh: Mesh | None) -> Reading:
+    data = config.data
     transform = language.parse_transform(spec, tuple(config.image_size))
-    language.check_channels(transform, config.data.channels, config.data.bits)
-    return transform
-
-
-def _parts(mesh: Mesh | None) -> tuple[tuple[int, ...], int]:
-    return sharding.batch_parts(mesh) if mesh else ((0,), 1)
-
-
-def _max_bad(data: ConfigDict) -> float:
+    language.check_channels(transform, data.channels, data.bits)
     if not 0 <= data.max_bad < 1:
         raise UserError(f"data.max_bad is {data.max_bad}: use a share of at least 0, below 1")
-    return float(data.max_bad)
+    parts, part_count = sharding.batch_parts(mesh) if mesh else ((0,), 1)
+    return Reading(
+        transform=transform,
+        channels=data.channels,
+        bits=data.bits,
+        max_bad=data.max_bad,
+        workers=data.workers,
+        threads=data.threads,
+        parts=parts,
+        part_count=part_count,
+    )

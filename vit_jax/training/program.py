@@ -67,7 +67,8 @@ def build_learning(
     objective = objective or build_objective(config, num_classes, build)
     schedule = build_schedule(config, examples)
     check_teacher(objective, config.ema_decay)
-    optimizer = make_optimizer(config.optimizer, schedule, Groups(objective.groups))
+    groups = Groups(objective.groups)
+    optimizer = make_optimizer(config.optimizer, schedule, groups)
     step = make_train_step(
         objective,
         optimizer,
@@ -80,7 +81,7 @@ def build_learning(
     eval_step = make_eval_step(objective, prepare_for_eval(config))
     init = lambda: init_state(objective, optimizer, config.seed, bool(config.ema_decay))
     state, everywhere = jax.eval_shape(init), sharding.replicated(mesh)
-    Groups(objective.groups).check(state.params)
+    groups.check(state.params)
     where = sharding.shardings(state, mesh)
     seeing = lambda function: sharding.seeing(mesh, function)
     return Learning(
